@@ -1,0 +1,184 @@
+"""The command `rlhf`: what each word means, and how a mistake ends.
+
+Nothing here imports torch: parsing, checking and launching are quick, and the stage itself is a child process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf import paths
+from rlhf.errors import DataError, OutputError, RlhfError, UsageError
+
+STAGES = ("sft", "rm", "ppo")
+
+HELP = """\
+rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on human preferences
+
+  run PIPELINE     all three stages, one after the other   rlhf run quickstart
+  sft              supervised fine-tuning                  rlhf sft --config sft --model DIR --data chats.jsonl
+  rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
+  ppo              PPO against a reward                    rlhf ppo --config ppo --actor runs/sft --reward runs/rm
+  ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
+  show RUN         what a run was made from                rlhf show runs/ppo
+  path STAGE       where a stage's recipe is               rlhf path ppo
+  copy STAGE       a copy of the recipe, to edit           rlhf copy ppo my_ppo.py
+
+A model is a Hugging Face id (owner/name@revision), a model directory, a .gguf file or a run.
+`rlhf sft --help` lists every field of the config; each is a flag: --optimizer.lr 1e-5.
+--dry-run shows what a command would do and touches nothing; --json prints what a program can read; --version.
+"""
+
+RUN_USAGE = """\
+rlhf run PIPELINE [--output DIR] [--seed N] [--launch NAME|FILE] [--nproc N] [--STAGE.FIELD VALUE ...]
+                  [--allow-inexact-resume] [--dry-run] [--json]"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (rlhf/errors.py); a mistake of the user is one message, no traceback."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except RlhfError as error:
+        print(f"rlhf: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("rlhf: this is a bug of rlhf, not of yours; please report it with the lines above", file=sys.stderr)
+        return 70
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "show": _show, "path": _path, "copy": _copy}
+    match argv:
+        case [] | ["-h" | "--help" | "help", *_]:
+            print(HELP, end="")
+            return 0
+        case ["--version", *_]:
+            from rlhf import __version__
+
+            print(f"rlhf {__version__}")
+            return 0
+        case [stage, *rest] if stage in STAGES:
+            return _stage(stage, rest)
+        case [name, *rest] if name in commands:
+            return commands[name](rest)
+        case [name, *_]:
+            raise UsageError(f"no command {name!r}; there are {', '.join((*STAGES, *commands))} (rlhf --help)")
+    raise AssertionError("unreachable: every list of words is matched above")
+
+
+def _stage(stage: str, argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+    from rlhf.runs.execute import execute
+    from rlhf.runs.manifest import MANIFEST, read_json, read_status
+    from rlhf.runs.pipeline import print_plan
+
+    invocation = parse(stage, argv)
+    if invocation.dry_run:
+        print_plan([invocation], invocation.as_json)
+        return 0
+    code = execute(invocation, quiet=invocation.as_json)
+    if invocation.as_json and not invocation.unit_test:
+        run = Path(invocation.config.output)
+        manifest = read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
+        outcome = {"run": str(run), "status": read_status(run), "result": manifest.get("result")}
+        print(json.dumps(outcome, indent=2))
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    from rlhf.runs.pipeline import Request, run_pipeline
+
+    parser = _Parser(RUN_USAGE)
+    parser.add_argument("pipeline")
+    parser.add_argument("--output")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--launch", default="auto")
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--allow-inexact-resume", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    own, others = parser.parse_known_args(argv)
+    return run_pipeline(Request(**vars(own), overrides=_stage_flags(others)))
+
+
+def _stage_flags(words: list[str]) -> dict[str, dict[str, str]]:
+    """`--ppo.schedule.length 3` (or with `=`) as {"ppo": {"schedule.length": "3"}}."""
+    flags: dict[str, dict[str, str]] = {}
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, text = word.partition("=")
+        stage, _, dotted = name.removeprefix("--").partition(".")
+        if not name.startswith("--") or stage not in STAGES or not dotted:
+            raise UsageError(f"{word}: unknown here; a stage's field is set as in --ppo.schedule.length 3\n{RUN_USAGE}")
+        value = text if equals else next(remaining, None)
+        if value is None:
+            raise UsageError(f"{word}: give a value after it")
+        flags.setdefault(stage, {})[dotted] = value
+    return flags
+
+
+def _show(argv: list[str]) -> int:
+    from rlhf.runs.show import describe_run, print_run
+
+    parser = _Parser("rlhf show RUN [--json]")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    arguments = parser.parse_args(argv)
+    described = describe_run(arguments.run)
+    if arguments.as_json:
+        print(json.dumps(asdict(described), indent=2))
+    else:
+        print_run(described, sys.stdout)
+    return 0
+
+
+def _path(argv: list[str]) -> int:
+    parser = _Parser("rlhf path STAGE")
+    parser.add_argument("stage", choices=STAGES)
+    print(_recipe(parser.parse_args(argv).stage))
+    return 0
+
+
+def _copy(argv: list[str]) -> int:
+    parser = _Parser("rlhf copy STAGE [DEST]")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("destination", type=Path, nargs="?")
+    arguments = parser.parse_args(argv)
+    recipe = _recipe(arguments.stage)
+    target = arguments.destination or Path(recipe.name)
+    target = target / recipe.name if target.is_dir() else target
+    if target.exists():
+        raise OutputError(f"{target}: is there already; name another: rlhf copy {arguments.stage} my_{recipe.name}")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: there is no directory {target.parent}")
+    shutil.copyfile(recipe, target)
+    print(f"{target}\nrun it with: python {target} --config {arguments.stage} ...")
+    return 0
+
+
+def _recipe(stage: str) -> Path:
+    recipe = paths.STAGES / f"{stage}.py"
+    if not recipe.is_file():
+        raise DataError(f"{recipe}: missing; this installation of rlhf is broken, install it again")
+    return recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ours: one message, exit code 2."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(prog="rlhf", usage=usage, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{self.usage}")

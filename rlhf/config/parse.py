@@ -1,0 +1,218 @@
+"""The command line of a stage: its own flags, and every field of its schema by dotted name.
+
+`rlhf ppo ...` and the launched `stages/ppo.py ...` both parse with it, the second without the launch flags. tyro is
+imported for `--help` alone, so that a plain start stays fast; what flags mean does not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, make_dataclass
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
+
+from rlhf.config import fields
+from rlhf.config.load import find_config, load
+from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, Section, SftConfig, Stage
+from rlhf.errors import UsageError
+
+Config = TypeVar("Config", bound=Stage, covariant=True)
+Drawn = tuple[str, Any, Any]
+"""A field of a dataclass made for tyro to draw: name, type, default."""
+
+METAVARS: dict[fields.Form, str] = {"boolean": "true|false", "integer": "INTEGER", "number": "NUMBER", "text": "TEXT"}
+
+
+class Flag(NamedTuple):
+    """A flag of the command itself. One without a metavar is a switch; a launch flag is not handed on to the stage."""
+
+    name: str
+    metavar: str
+    help: str
+    hint: str = ""
+    launch: bool = False
+    only: str = ""
+
+
+FLAGS = (
+    Flag("config", "NAME|FILE", "A shipped config (`ppo`, `quickstart/ppo`) or a .yaml or .json file."),
+    Flag("launch", "NAME|FILE", "How to launch: a shipped file or one of yours.", "(default: auto)", launch=True),
+    Flag("nproc", "INTEGER", "Processes to start.", "(at least 1; default: 1)", launch=True),
+    Flag("dry-run", "", "Print the resolved config, the plan and the launch command; touch nothing.", launch=True),
+    Flag("unit-test", "", "Check PPO alone, on the config `unit-test` unless another is given.", only="ppo"),
+    Flag("json", "", "Print the result as JSON."),
+    Flag("allow-inexact-resume", "", "Go on from a checkpoint even where the result will not be equal to the bit."),
+)
+
+
+@dataclass(frozen=True)
+class Invocation(Generic[Config]):
+    """What one command line asks for."""
+
+    stage: str
+    config: Config
+    config_file: Path | None
+    launch: str
+    nproc: int
+    dry_run: bool
+    unit_test: bool
+    as_json: bool
+    allow_inexact_resume: bool
+    arguments: list[str]
+    """The words for the stage script: all that were given, unchanged, but the launch flags."""
+
+
+class _Words(NamedTuple):
+    """The words of a command line, sorted by what they are."""
+
+    own: dict[str, str]
+    overrides: list[tuple[str, str]]
+    arguments: list[str]
+
+
+@overload
+def parse(stage: Literal["sft"], argv: Sequence[str]) -> Invocation[SftConfig]: ...
+@overload
+def parse(stage: Literal["rm"], argv: Sequence[str]) -> Invocation[RmConfig]: ...
+@overload
+def parse(stage: Literal["ppo"], argv: Sequence[str]) -> Invocation[PpoConfig]: ...
+@overload
+def parse(stage: str, argv: Sequence[str]) -> Invocation[Stage]: ...
+def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
+    """Read and validate a stage's command line; with `--help`, print the help and exit 0.
+
+    Raises UsageError (exit 2) for words that cannot be read as flags, ConfigError (exit 78) with all mistakes in what
+    the file and the flags say.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(stage))
+        sys.exit(0)
+    words = _sort(stage, argv)
+    name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
+    file = None if name is None else find_config(name)
+    return Invocation(
+        stage=stage,
+        config=load(STAGES[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
+        config_file=file,
+        launch=words.own.get("launch", "auto"),
+        nproc=_process_count(words.own.get("nproc", "1")),
+        dry_run="dry-run" in words.own,
+        unit_test="unit-test" in words.own,
+        as_json="json" in words.own,
+        allow_inexact_resume="allow-inexact-resume" in words.own,
+        arguments=words.arguments,
+    )
+
+
+def _flags(stage: str) -> Iterator[Flag]:
+    return (flag for flag in FLAGS if flag.only in ("", stage))
+
+
+def _process_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--nproc: given `{text}`, expected a whole number at least 1")
+    return int(text)
+
+
+def _sort(stage: str, argv: Sequence[str]) -> _Words:
+    own_flags = {flag.name: flag for flag in _flags(stage)}
+    words = _Words({}, [], [])
+    position = 0
+    while position < len(argv):
+        word, *rest = argv[position:]
+        if not word.startswith("--") or word == "--":
+            raise UsageError(f"`{word}`: expected a flag, as in `--output DIR`; `rlhf {stage} --help` lists them")
+        name, equals, text = word[2:].partition("=")
+        flag = own_flags.get(name.replace("_", "-"))
+        is_switch = flag is not None and not flag.metavar
+        takes_next = not equals and not is_switch and bool(rest) and not rest[0].startswith("--")
+        if flag and flag.name in words.own:
+            raise UsageError(f"--{flag.name}: given twice; keep one")
+        if is_switch and equals:
+            raise UsageError(f"--{name}: takes no value; leave `={text}` out")
+        if takes_next:
+            text = rest[0]
+        elif not equals and not is_switch:
+            text = _alone(stage, name, flag)
+        if flag:
+            words.own[flag.name] = text
+        else:
+            words.overrides.append((name, text))
+        taken = argv[position : position + 1 + takes_next]
+        if not (flag and flag.launch):
+            words.arguments.extend(taken)
+        position += len(taken)
+    return words
+
+
+def _alone(stage: str, name: str, flag: Flag | None) -> str:
+    """The value of a flag without one: true for a boolean; an unknown flag is left to `load`, which knows what is near.
+
+    Raises UsageError for all others.
+    """
+    schema = STAGES[stage]
+    meant = fields.at(schema, fields.canonical(schema, name))
+    if meant and meant.form == "boolean":
+        return "true"
+    if flag or meant:
+        expected = flag.metavar if flag else meant.expected if meant else ""
+        raise UsageError(f"--{name}: the value is missing; expected {expected}")
+    return ""
+
+
+def help_text(stage: str) -> str:
+    """Every flag of a stage with its unit, range and default, a box for each section."""
+    import tyro
+
+    schema = STAGES[stage]
+    page = make_dataclass(
+        stage,
+        [
+            *(_drawn(flag.name, flag.metavar, flag.help, flag.hint) for flag in _flags(stage)),
+            *_twin(schema),
+        ],
+    )
+    description = f"{schema.__doc__}\n\nFlags go over the config file. `-` and `_` are the same inside a flag's name."
+    # tyro draws frames where the encoding has them; a buffer, unlike StringIO, has an encoding to ask.
+    drawing = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
+    with redirect_stdout(drawing), suppress(SystemExit):
+        tyro.cli(page, prog=f"rlhf {stage}", description=description, args=["--help"])
+    drawing.seek(0)
+    return drawing.read()
+
+
+def _twin(section: type[Section], prefix: str = "") -> list[Drawn]:
+    """The section's fields for tyro to draw; all are text to it: our words, not its guesses, say what a field takes."""
+    drawn = []
+    for name, field in fields.of_section(section).items():
+        if field.section:
+            inner = make_dataclass(name, _twin(field.section, f"{prefix}{name}."))
+            drawn.append((name, inner, dataclasses.field(default_factory=inner)))
+        else:
+            hints = [field.limits, "required" if field.required else f"default: {field.default_text}"]
+            hint = f"({'; '.join(filter(None, hints))})"
+            key = f"{name}.NAME" if field.form == "mapping" else name
+            short = [f"--{short}" for short, long in SHORT_FLAGS.items() if long == prefix + name]
+            drawn.append(_drawn(key, _metavar(field), field.description, hint, short))
+    return drawn
+
+
+def _metavar(field: fields.Field) -> str:
+    if field.item:
+        kind = _metavar(field.item)
+        return f"{kind},..." if field.form == "list" else kind
+    return "|".join([*(field.choices or [METAVARS[field.form]]), *(["none"] if field.nullable else [])])
+
+
+def _drawn(name: str, metavar: str, description: str, hint: str, short: Sequence[str] = ()) -> Drawn:
+    import tyro
+
+    look = tyro.conf.arg(name=name, metavar=metavar, help=description, help_behavior_hint=hint, aliases=list(short))
+    attribute = name.replace("-", "_").replace(".", "_")
+    if metavar:
+        return attribute, Annotated[str, look], dataclasses.field(default="")
+    return attribute, Annotated[bool, tyro.conf.FlagCreatePairsOff, look], dataclasses.field(default=False)

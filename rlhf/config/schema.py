@@ -1,0 +1,323 @@
+"""Every knob of the three stages, with its unit, its range and its default.
+
+The classes are the single source for validation, `--help`, the resolved config and the documentation; nothing else in the
+tree repeats a default. A section that several stages share is one class. What belongs to an engine (process count,
+ZeRO stage, sharding) stays in its launch file and is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    path: str
+    """Weights to start from: a Hugging Face id (`id@revision`), a Hugging Face, GGUF or run directory or file."""
+    from_scratch: bool = False
+    """Draw random weights for the architecture in `path` instead of loading any (needs only its config and tokenizer)."""
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the LoRA factors (Hu et al. 2021); 0 trains all weights."""
+    alpha: Positive = 16.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the factors, a probability. PPO needs 0: its ratio must start at exactly 1."""
+    targets: str = "all-linear"
+    """Which linear layers get factors: `all-linear`, or layer name endings separated by commas (`q_proj,v_proj`)."""
+    merge: bool = False
+    """Write the merged model as the stage's result instead of the adapter."""
+
+
+class Optimizer(Section):
+    lr: Positive = 1e-5
+    """Peak learning rate of AdamW."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean, per optimizer step."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's running mean, per optimizer step."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, per step and unit of learning rate."""
+    max_grad_norm: Positive = 1.0
+    """Joint gradient norm over all trained weights and ranks above which gradients are scaled down."""
+
+
+class PpoOptimizer(Optimizer):
+    lr: Positive = 1e-6
+    """Peak learning rate of the actor."""
+    critic_lr: Positive = 5e-6
+    """Peak learning rate of the critic (and of the value head when the trunk is shared)."""
+    eps: Positive = 1e-5
+    """Added to the root of the second moment; 1e-5 as in the PPO papers' code (docs/ppo.md)."""
+
+
+class Schedule(Section):
+    length: Count = 1
+    """How long to train, counted in `unit`."""
+    unit: Literal["steps", "epochs", "tokens"] = "epochs"
+    """steps: optimizer steps (PPO: iterations); epochs: passes over the training rows; tokens: tokens a loss is taken on."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Part of the run over which the rate rises from 0 to its peak."""
+    final: Fraction = 0.1
+    """Learning rate at the end, as a part of the peak."""
+
+
+class PpoSchedule(Schedule):
+    length: Count = 100
+    """How long to train, counted in `unit`."""
+    unit: Literal["steps", "epochs"] = "steps"
+    """steps: PPO iterations, each one rollout and its updates; epochs: passes over the prompts."""
+    decay: Literal["cosine", "linear", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    final: Fraction = 0.0
+    """Learning rate at the end, as a part of the peak."""
+
+
+class Data(Section):
+    train: str
+    """Training rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
+    eval: str | None = None
+    """Held-out rows in the same form; none: no evaluation."""
+    columns: dict[str, str] = {}
+    """Our column name -> the file's (`prompt: question`)."""
+    extra_columns: Literal["fail", "ignore"] = "fail"
+    """What to do with columns nobody asked for."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do with a malformed row: stop with its file:line, or leave it out and count it."""
+    max_skip_fraction: Fraction = 0.01
+    """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
+    max_length: Count = 1024
+    """Longest prompt + reply, in tokens."""
+    too_long: Literal["fail", "skip", "truncate"] = "fail"
+    """A row past `max_length`: stop, leave it out and count it, or cut it (replies at their end, prompts at their start)."""
+
+
+class SftData(Data):
+    json_key: str | None = None
+    """Column of plain text to train on (`text`); only for rows that are neither chats nor prompt/response."""
+    loss_on: Literal["responses", "all"] = "responses"
+    """Tokens that carry the loss: the replies only, or every token."""
+    packing: bool = False
+    """Put several rows into one sequence of `max_length`; attention and positions do not cross rows."""
+
+
+class PromptData(Data):
+    eval_limit: Count = 256
+    """How many of the held-out prompts to use, from the start of the file."""
+    max_length: Count = 512
+    """Longest prompt, in tokens."""
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps (PPO: iterations) between training checkpoints; 0: only when a signal stops the run."""
+    keep: Count = 2
+    """How many of the newest to keep."""
+
+
+class Report(Section):
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""
+    trackers: tuple[Literal["tensorboard"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+
+class Stage(Section):
+    """What every stage has."""
+
+    output: str
+    """The run's directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Everything random follows from it."""
+    precision: Literal["fp64", "fp32", "bf16"] = "fp32"
+    """bf16: autocast over fp32 master weights; fp64 is for tests of equality."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of the trunk."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each process; 0: the cores shared out evenly."""
+    max_hours: Positive | None = None
+    """Save and stop (exit 143) after this many hours; the same command goes on."""
+    lora: Lora = Lora()
+    checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()
+
+
+class SftConfig(Stage):
+    """Supervised fine-tuning (or, with `loss_on: all` on plain text, continued pre-training)."""
+
+    model: Model
+    data: SftData
+    batch_size: Count = 64
+    """Rows (packed: sequences) per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Rows per forward pass of one process; changes memory and speed, not the result."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+
+
+class RmConfig(Stage):
+    """Reward model: Bradley-Terry on pairs."""
+
+    model: Model
+    data: Data
+    batch_size: Count = 64
+    """Pairs per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Pairs per forward pass of one process (both sides go through together)."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+
+
+class Roles(Section):
+    actor: str
+    """The policy to improve: any model source, usually the SFT run."""
+    reference: str | None = None
+    """The frozen policy of the KL penalty; none: the actor as it starts."""
+    critic: str | None = None
+    """A reward model to start the critic from, head included; `zero`: the actor's trunk with a zero head; none: the reward
+    model if it is one, else `zero`."""
+    mode: Literal["separate", "shared"] = "separate"
+    """separate: actor and critic have a trunk each; shared: two heads on one trunk, the value head starts at zero."""
+
+
+class Reward(Section):
+    source: str
+    """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), or a Python function: `module:function`
+    or `file.py:function`, called with the arguments it names among prompts, responses; it returns one number per reply."""
+    normalize: Literal["none", "running"] = "none"
+    """running: subtract the mean and divide by the deviation of all scores so far."""
+    clip: Positive | None = None
+    """Scores are cut to [-clip, clip] after normalising."""
+    missing_eos: Literal["replace", "subtract", "none"] = "replace"
+    """A reply that never ends: its score becomes `missing_eos_value`, is lowered by it, or stays."""
+    missing_eos_value: float = -1.0
+    """See `missing_eos`; for `subtract` a positive number is taken off."""
+
+
+class Rollout(Section):
+    batch_size: Count = 64
+    """Prompts per iteration, over all processes."""
+    samples_per_prompt: Count = 1
+    """Replies to each prompt."""
+    max_new_tokens: Count = 128
+    """Longest reply, in tokens."""
+    generation_batch_size: Count = 64
+    """Replies one process samples at a time; memory and speed only."""
+    temperature: Positive = 1.0
+    """Logits are divided by it, here and everywhere log-probabilities are computed."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens only; 0: from all. Log-probabilities stay those of the full softmax."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this probability; 1: from all."""
+
+
+class Kl(Section):
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the penalty on the KL divergence from the reference, in score units per nat; 0: the reference is never run."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator in the reward (Schulman, "Approximating KL divergence")."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: `coef` follows the measured KL (Ziegler et al. 2019, section 2.2)."""
+    target: Positive = 6.0
+    """Adaptive: KL per reply to aim at, in nats."""
+    horizon: Positive = 10000.0
+    """Adaptive: replies over which the coefficient adapts."""
+
+
+class PpoAlgorithm(Section):
+    epochs: Count = 4
+    """Passes over each rollout batch."""
+    minibatch_size: Count = 64
+    """Replies per optimizer step, over all processes."""
+    clip: Positive = 0.2
+    """Policy ratio clipping range."""
+    value_clip: Positive | None = 0.2
+    """Clipping range of the value's change; none: off."""
+    value_coef: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the value loss beside the policy loss."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten: bool = True
+    """Whiten advantages over all replies of the iteration and all processes."""
+    target_kl: Positive | None = None
+    """Stop an iteration's updates when the mean 0.5 * (log ratio)^2 of a minibatch passes this, in nats; none: never."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """Iterations at the start in which only the critic learns."""
+
+
+class Evaluation(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Iterations between evaluations on the fixed prompts; 0: before the first and after the last."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0: greedy."""
+    scorers: tuple[str, ...] = ()
+    """More Python functions to score the replies with (`module:function`), beside the reward."""
+
+
+class PpoConfig(Stage):
+    """Proximal policy optimisation against a reward, with a learned critic and a KL penalty."""
+
+    roles: Roles
+    data: PromptData
+    reward: Reward
+    rollout: Rollout = Rollout()
+    ppo: PpoAlgorithm = PpoAlgorithm()
+    kl: Kl = Kl()
+    eval: Evaluation = Evaluation()
+    micro_batch_size: Count = 8
+    """Replies per forward pass of one process, in scoring and update alike."""
+    optimizer: PpoOptimizer = PpoOptimizer()
+    schedule: PpoSchedule = PpoSchedule()
+    checkpoint: Checkpoint = Checkpoint(every=10)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PpoConfig:
+        replies = self.rollout.batch_size * self.rollout.samples_per_prompt
+        if self.ppo.minibatch_size > replies:
+            raise ValueError(
+                f"ppo.minibatch_size {self.ppo.minibatch_size} is more than the {replies} replies of an iteration "
+                "(rollout.batch_size * rollout.samples_per_prompt)"
+            )
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 in PPO: the ratio of the first minibatch has to be exactly 1")
+        if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):
+            raise ValueError("roles.critic must be `zero` (or absent) with roles.mode `shared`: the value head starts at zero")
+        return self
+
+
+STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}
+
+SHORT_FLAGS = {
+    "model": "model.path",
+    "actor": "roles.actor",
+    "critic": "roles.critic",
+    "reference": "roles.reference",
+    "reward": "reward.source",
+    "data": "data.train",
+}
+"""Flags that are short for a config field, for the stages that have the field."""

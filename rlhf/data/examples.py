@@ -1,0 +1,160 @@
+"""Rows with their token ids, as the stages use them, and the rules for what is too long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rlhf.config.schema import Data, PromptData, SftData
+from rlhf.data.rows import Row, Rows, read_rows
+from rlhf.data.templates import Messages, Template, plain_prompt
+from rlhf.errors import DataError
+
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """`trained[t]` says whether token t carries the loss."""
+
+    ids: list[int]
+    trained: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PairExample:
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """`index` is the row's place in its file: with the step it seeds the replies, whatever rank samples them."""
+
+    index: int
+    ids: list[int]
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Examples(Generic[Example]):
+    """What became of a file: examples, what happened on the way (one sentence each), and the file's digest."""
+
+    items: list[Example]
+    notes: list[str]
+
+
+def sft_examples(path: str, config: SftData, template: Template) -> Examples[SftExample]:
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
+    examples = []
+    for row in rows.rows:
+        ids, trained = _sft_tokens(row, template)
+        if config.loss_on == "all":
+            trained = [True] * len(ids)
+        if limit.allows(len(ids), row.where) and any(trained[1 : config.max_length]):
+            examples.append(SftExample(ids[: config.max_length], trained[: config.max_length]))
+    return _done(path, examples, rows.notes + limit.notes())
+
+
+def pair_examples(path: str, config: Data, template: Template) -> Examples[PairExample]:
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "pair", config)
+    examples, same = [], 0
+    for row in rows.rows:
+        prompt, chosen = template.response(row.fields["prompt"], row.fields["chosen"], row.where)
+        prompt_again, rejected = template.response(row.fields["prompt"], row.fields["rejected"], row.where)
+        if prompt != prompt_again:
+            raise DataError(f"{row.where}: the chat template renders the prompt differently for the two replies")
+        example = PairExample(prompt, chosen, rejected)
+        if not limit.allows(len(example), row.where):
+            continue
+        example = _shorten(example, config.max_length)
+        if example.chosen == example.rejected:
+            same += 1
+            continue
+        examples.append(example)
+    dropped = [f"{same} pairs dropped: chosen and rejected are the same tokens (after truncation)"] if same else []
+    return _done(path, examples, rows.notes + limit.notes() + dropped)
+
+
+def prompt_examples(path: str, config: PromptData, template: Template) -> Examples[PromptExample]:
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "prompt", config)
+    examples = []
+    for index, row in enumerate(rows.rows):
+        ids = template.prompt(row.fields["prompt"], row.where)
+        if limit.allows(len(ids), row.where):
+            examples.append(PromptExample(index, ids[-config.max_length :], plain_prompt(row.fields["prompt"])))
+    return _done(path, examples, rows.notes + limit.notes())
+
+
+def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
+    fields = row.fields
+    if "text" in fields:
+        ids = template.text(fields["text"])
+        return ids, [True] * len(ids)
+    if "messages" in fields:
+        messages: Messages = fields["messages"]
+        segments = template.conversation(messages, row.where)
+        return [i for s in segments for i in s.ids], [s.trained for s in segments for _ in s.ids]
+    prompt, response = template.response(fields["prompt"], fields["completion"], row.where)
+    return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+
+def _shorten(pair: PairExample, limit: int) -> PairExample:
+    """Cuts the replies at their end so that the pair fits, never the prompt; a cut reply keeps no EOS it did not earn."""
+    room = limit - len(pair.prompt)
+    if room < 1:
+        return PairExample(pair.prompt[-(limit - 1) :], pair.chosen[:1], pair.rejected[:1])
+    return PairExample(pair.prompt, pair.chosen[:room], pair.rejected[:room])
+
+
+def _read(path: str, kind: str, config: Data, json_key: str | None = None) -> Rows:
+    return read_rows(
+        path,
+        kind,
+        columns=config.columns,
+        json_key=json_key,
+        extra_columns=config.extra_columns,
+        on_error=config.on_error,
+        max_skip_fraction=config.max_skip_fraction,
+    )
+
+
+def _done(path: str, examples: list[Example], notes: list[str]) -> Examples[Example]:
+    if not examples:
+        raise DataError(f"{path}: no usable row is left" + "".join(f"\n  {note}" for note in notes))
+    return Examples(examples, notes)
+
+
+class _LengthLimit:
+    """Applies `too_long` and counts what it did."""
+
+    def __init__(self, limit: int, rule: str) -> None:
+        self.limit, self.rule, self.hit = limit, rule, 0
+
+    def allows(self, length: int, where: str) -> bool:
+        if length <= self.limit:
+            return True
+        if self.rule == "fail":
+            raise DataError(
+                f"{where}: {length} tokens, more than data.max_length {self.limit}; raise it, or set data.too_long to skip or truncate"
+            )
+        self.hit += 1
+        return self.rule == "truncate"
+
+    def notes(self) -> list[str]:
+        done = "skipped" if self.rule == "skip" else "truncated"
+        return [f"{self.hit} rows longer than {self.limit} tokens {done}"] if self.hit else []

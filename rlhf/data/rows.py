@@ -1,0 +1,151 @@
+"""The strict reader of training data: a file becomes rows of one known shape, or one error that lists all its mistakes.
+
+Nothing is coerced: a wrong type, a missing key or a null is an error with its place, never a silent None. What the
+reader does change (an alias, an hh-rlhf transcript, a dropped pair) is counted in the notes. The kinds, after reading:
+
+    text     {"text": str}
+    sft      {"messages": [...]} or {"prompt", "completion"} or {"text": str}
+    pair     {"prompt", "chosen", "rejected"}
+    prompt   {"prompt"}
+
+Each of prompt, completion, chosen and rejected is a string or a list of {"role", "content"} messages, and all of one
+row have the same form:
+- an hh-rlhf transcript becomes messages: the prompt is all before the open "Assistant:", " text" after it one message;
+- a reply given as a string beside a prompt of messages becomes one assistant message;
+- ShareGPT turns ({"from", "value"}) become messages; so does one bare turn given as a reply;
+- pairs that are whole conversations (messages or transcripts) are split where they part, as TRL's implicit prompt.
+A row of kind prompt may hold a whole conversation (messages, or chosen): all before its last reply is the prompt.
+
+Left out: chat templates, tokens and lengths (templates.py, examples.py), the order of rows (order.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.data.conversations import BadRow
+from rlhf.data.formats import Problem, open_source
+from rlhf.data.shapes import SHAPES, ExtraColumns, Kind, Schema
+from rlhf.errors import DataError
+
+PROBLEMS_SHOWN = 20
+REASONS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One usable row: its place in the file and its normalised fields."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of a file in order; notes on what was changed or dropped; the sha256 of the file's bytes."""
+
+    rows: list[Row]
+    notes: list[str]
+    digest: str
+
+
+def read_rows(
+    path: str | Path,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str] | None = None,
+    json_key: str | None = None,
+    extra_columns: ExtraColumns = "fail",
+    on_error: Literal["fail", "skip"] = "fail",
+    max_skip_fraction: float = 0.01,
+    max_line_bytes: int = 8 * 2**20,
+) -> Rows:
+    """Reads a .jsonl, .jsonl.gz, .json or .parquet file.
+
+    `columns` maps our name of a field to the file's ("prompt": "question"); `json_key` names the column of plain text,
+    for kinds text and sft. With `on_error="skip"` bad rows are dropped and counted, up to `max_skip_fraction` of all
+    rows. `max_line_bytes` bounds a line of jsonl.
+
+    Raises DataError, one line a mistake as `file:line:column: reason; fix`, and ConfigError where `columns` or
+    `json_key` do not fit the kind.
+    """
+    path = Path(path)
+    schema = Schema.of(kind, columns or {}, json_key, extra_columns)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    notes: list[str] = []
+    remarks: Counter[str] = Counter()
+    dropped = 0
+    for record in open_source(path, notes, max_line_bytes):
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        try:
+            known = schema.fields_of(record.value)
+            fields = SHAPES[schema.kind](known)
+        except BadRow as error:
+            problems.append(Problem(record.where, error.reason, error.fix))
+            continue
+        remarks.update(known.remarks)
+        if fields is None:
+            dropped += 1
+        else:
+            rows.append(Row(record.where, fields))
+
+    total = len(rows) + dropped + len(problems)
+    _check_problems(path, problems, total, 0.0 if on_error == "fail" else max_skip_fraction)
+    if not rows:
+        raise DataError(f"{path}: no usable row; in all {dropped} pairs chosen equals rejected")
+    notes += [f"{remark} in {_count(number)}." for remark, number in sorted(remarks.items())]
+    if problems:
+        notes.append(f"Bad rows were skipped: {_reasons(problems)}.")
+    if repeats := _count_repeats(rows):
+        notes.append(f"A prompt seen before is repeated in {_count(repeats)}.")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Rows(rows, notes, digest)
+
+
+def _check_problems(path: Path, problems: list[Problem], total: int, allowed_fraction: float) -> None:
+    """Raises DataError where the file cannot be used at all, or more of its rows are bad than may be skipped."""
+    if total == 0:
+        raise DataError(f"{path}: the file is empty; expected at least one row")
+    if any(problem.fatal for problem in problems):
+        raise DataError(_report(problems))
+    if len(problems) > allowed_fraction * total:
+        lines = [_report(problems)]
+        if allowed_fraction:
+            limit = f"data.max_skip_fraction is {allowed_fraction:g}"
+            lines.append(f"{path}: {len(problems)} of {total} rows are bad; {limit}")
+        raise DataError("\n".join(lines))
+
+
+def _report(problems: list[Problem]) -> str:
+    lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
+    if rest := problems[PROBLEMS_SHOWN:]:
+        lines.append(f"and {len(rest)} more: {_reasons(rest)}")
+    return "\n".join(lines)
+
+
+def _reasons(problems: list[Problem]) -> str:
+    """The commonest reasons with the number of rows of each."""
+    reasons = Counter(problem.reason for problem in problems)
+    listed = [f"{reason} in {_count(number)}" for reason, number in reasons.most_common(REASONS_SHOWN)]
+    if others := len(reasons) - len(listed):
+        listed.append(f"{others} other reasons")
+    return "; ".join(listed)
+
+
+def _count(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
+
+
+def _count_repeats(rows: list[Row]) -> int:
+    prompts = [json.dumps(row.fields["prompt"]) for row in rows if "prompt" in row.fields]
+    return len(prompts) - len(set(prompts))

@@ -1,0 +1,244 @@
+"""What a row of training data must hold: its columns under our names, and the shape of each kind of row.
+
+The shapes are described in rows.py, the reader they serve. Left out: files and places; what is wrong here is a
+`BadRow`, which does not know where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, Literal, TypeGuard
+
+from rlhf.data.conversations import (
+    EMPTY_FIX,
+    BadRow,
+    Message,
+    check_prompt,
+    check_reply,
+    check_text,
+    describe,
+    is_sharegpt,
+    is_transcript,
+    read_messages,
+    read_transcript,
+    read_transcript_reply,
+    split_common_prompt,
+)
+from rlhf.errors import ConfigError
+
+Kind = Literal["text", "sft", "pair", "prompt"]
+ExtraColumns = Literal["fail", "ignore"]
+Dialogue = str | list[Message]
+
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "sft": ("messages", "prompt", "completion", "text"),
+    "pair": ("prompt", "chosen", "rejected"),
+    "prompt": ("prompt", "messages", "completion", "chosen", "rejected"),
+}
+# conversations is ShareGPT's name, which trl.maybe_convert_to_chatml renames too; choosen is a misspelling in the wild.
+ALIASES = {"response": "completion", "choosen": "chosen", "conversations": "messages"}
+
+SHAREGPT = "ShareGPT turns were read as messages"
+TRANSCRIPT = "hh-rlhf transcripts were read as messages"
+SPLIT = "The prompt was split off where chosen and rejected part"
+EQUAL_PAIR = "The pair was dropped because chosen equals rejected"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The known columns of one row under our names; errors speak of the file's. `remarks` tell what was changed."""
+
+    values: dict[str, Any]
+    columns: dict[str, str]  # our field -> the file's column, also for fields the row lacks
+    remarks: set[str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def require(self, name: str) -> Any:
+        if name not in self.values:
+            found = ", ".join(self.columns[known] for known in self.values) or "no known column"
+            raise BadRow(f"{self.columns[name]} is missing", f"the row has {found}; data.columns maps other names")
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        text = check_text(self.require(name), self.columns[name])
+        if not text.strip():
+            raise BadRow(f"{self.columns[name]} is empty", EMPTY_FIX)
+        return text
+
+    def dialogue(self, name: str) -> Dialogue:
+        """A string as it is, or messages in whichever spelling."""
+        value = self.require(name)
+        if isinstance(value, str):
+            text = self.text(name)
+            if not is_transcript(text):
+                return text
+            self.remarks.add(TRANSCRIPT)
+            return read_transcript(text)
+        turns = [value] if isinstance(value, dict) else value  # ShareGPT pairs give each reply as one bare turn
+        if not isinstance(turns, list):
+            raise BadRow(f"{self.columns[name]} is {describe(value)}, expected a string or a list of messages")
+        messages = read_messages(turns, self.columns[name])
+        if is_sharegpt(turns):
+            self.remarks.add(SHAREGPT)
+        return messages
+
+    def messages(self, name: str) -> list[Message]:
+        messages = self.dialogue(name)
+        if isinstance(messages, str):
+            raise BadRow(f"{self.columns[name]} is a string, expected a list of messages")
+        return messages
+
+    def prompt(self) -> Dialogue:
+        prompt = self.dialogue("prompt")
+        return prompt if isinstance(prompt, str) else check_prompt(prompt, self.columns["prompt"])
+
+    def reply(self, name: str, prompt: Dialogue) -> Dialogue:
+        """The reply to `prompt`, in the same form as `prompt`."""
+        reply = self.dialogue(name)
+        if isinstance(prompt, str):
+            if isinstance(reply, str):
+                return reply
+            raise BadRow(f"{self.columns[name]} is messages, but the prompt is a string", "give both in the same form")
+        if isinstance(reply, str):
+            from_transcript = isinstance(self.values["prompt"], str)
+            return read_transcript_reply(reply) if from_transcript else [{"role": "assistant", "content": reply}]
+        return reply
+
+    def check_reply(self, name: str, reply: Dialogue) -> Dialogue:
+        return reply if isinstance(reply, str) else check_reply(reply, self.columns[name])
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How the columns of one file map to the fields of a kind."""
+
+    kind: Kind
+    names: dict[str, str]  # the file's column -> our field, aliases included
+    columns: dict[str, str]  # our field -> the file's column
+    extra_columns: ExtraColumns
+
+    @classmethod
+    def of(cls, kind: Kind, columns: Mapping[str, str], json_key: str | None, extra_columns: ExtraColumns) -> Schema:
+        """Raises ConfigError where `columns` or `json_key` speak of a field the kind does not have."""
+        if json_key is not None:
+            if kind not in ("text", "sft"):
+                raise ConfigError(f"data.json_key: names a column of plain text, which {kind} data does not have")
+            kind, columns = "text", {**columns, "text": json_key}
+        fields = FIELDS[kind]
+        for name in columns:
+            if name not in fields:
+                known = f"expected one of {', '.join(fields)}"
+                raise ConfigError(f"data.columns.{name}: no field of {kind} data{_nearest(name, fields)}; {known}")
+        mapped = {column: name for name, column in columns.items()}
+        if len(mapped) < len(columns):
+            raise ConfigError("data.columns: two fields are read from one column; give each its own")
+        unmapped = [name for name in fields if name not in columns]
+        aliases = {alias: name for alias, name in ALIASES.items() if name in unmapped}
+        names = aliases | {name: name for name in unmapped} | mapped  # what the user mapped comes last and holds
+        return cls(kind, names, {name: columns.get(name, name) for name in fields}, extra_columns)
+
+    def fields_of(self, value: Any) -> Fields:
+        """The known columns of one record; unknown ones are an error unless they are to be ignored."""
+        if not isinstance(value, dict):
+            raise BadRow(f"expected an object, found {describe(value)}")
+        extra = [column for column in value if column not in self.names]
+        if extra and self.extra_columns == "fail":
+            listed = ", ".join(f"{column!r}{_nearest(column, tuple(self.names))}" for column in extra)
+            expected = f"expected {', '.join(self.columns.values())}"
+            fix = f"{expected}: map them in data.columns, or set data.extra_columns: ignore"
+            raise BadRow(f"unknown column{'s' if len(extra) > 1 else ''} {listed}", fix)
+        values: dict[str, Any] = {}
+        columns = dict(self.columns)
+        remarks = {f"Column {column!r} was ignored" for column in extra}
+        for column, name in self.names.items():
+            if column not in value:
+                continue
+            if name in values:
+                raise BadRow(f"{columns[name]} and {column} both give the {name}", "keep one of them")
+            values[name], columns[name] = value[column], column
+            if ALIASES.get(column) == name:
+                remarks.add(f"Column {column!r} was read as {name!r}")
+        return Fields(values, columns, remarks)
+
+
+@lru_cache  # a file of a million rows asks the same a million times
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _text(row: Fields) -> dict[str, Any]:
+    return {"text": row.text("text")}
+
+
+def _sft(row: Fields) -> dict[str, Any]:
+    if ("messages" in row or "text" in row) and len(row.values) > 1:
+        given = ", ".join(row.columns[name] for name in row.values)
+        raise BadRow(f"{given} are all given", "a row holds messages, or prompt and completion, or text")
+    if "text" in row:
+        return _text(row)
+    if "messages" in row:
+        messages = row.messages("messages")
+        if all(message["role"] != "assistant" for message in messages):
+            raise BadRow(f"{row.columns['messages']} has no assistant message", "there is nothing to learn from")
+        return {"messages": messages}
+    prompt = row.prompt()
+    return {"prompt": prompt, "completion": row.check_reply("completion", row.reply("completion", prompt))}
+
+
+def _pair(row: Fields) -> dict[str, Any] | None:
+    chosen, rejected = row.dialogue("chosen"), row.dialogue("rejected")
+    if _is_conversation(chosen) and _is_conversation(rejected):
+        prompt, chosen, rejected = _split_pair(row, chosen, rejected)
+    else:
+        prompt = row.prompt()
+        chosen, rejected = row.reply("chosen", prompt), row.reply("rejected", prompt)
+    if chosen == rejected:
+        row.remarks.add(EQUAL_PAIR)
+        return None
+    return {
+        "prompt": prompt,
+        "chosen": row.check_reply("chosen", chosen),
+        "rejected": row.check_reply("rejected", rejected),
+    }
+
+
+def _split_pair(row: Fields, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+    """(prompt, chosen reply, rejected reply); a prompt column that stands beside them must say the same."""
+    prompt, chosen, rejected = split_common_prompt(chosen, rejected)
+    if chosen != rejected:  # else the pair is dropped, and all of it looks like its prompt
+        row.remarks.add(SPLIT)
+        check_prompt(prompt, f"the common beginning of {row.columns['chosen']} and {row.columns['rejected']}")
+        if "prompt" in row and row.dialogue("prompt") not in (prompt, prompt[-1]["content"]):
+            raise BadRow(f"{row.columns['prompt']} is not what chosen and rejected have in common")
+    return prompt, chosen, rejected
+
+
+def _is_conversation(dialogue: Dialogue) -> TypeGuard[list[Message]]:
+    """Whether it begins before the reply, so that the prompt is part of it."""
+    return not isinstance(dialogue, str) and dialogue[0]["role"] != "assistant"
+
+
+def _prompt(row: Fields) -> dict[str, Any]:
+    if "prompt" in row:
+        return {"prompt": row.prompt()}
+    name = next((name for name in ("messages", "chosen") if name in row), "prompt")
+    messages = list(row.messages(name))
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return {"prompt": check_prompt(messages, row.columns[name])}
+
+
+# A row in its shape, None where it is of no use though nothing is wrong with it.
+SHAPES: dict[Kind, Callable[[Fields], dict[str, Any] | None]] = {
+    "text": _text,
+    "sft": _sft,
+    "pair": _pair,
+    "prompt": _prompt,
+}

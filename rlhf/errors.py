@@ -1,0 +1,69 @@
+"""The mistakes a user can make, each with the exit code the command ends with.
+
+Every error is one message a person can act on: where (file:line or field), what was expected, the likely fix.
+Only a bug of our own ends in a traceback (exit code 70).
+"""
+
+from __future__ import annotations
+
+
+class RlhfError(Exception):
+    """Base of every error we raise on purpose; `exit_code` follows sysexits.h where it has a meaning for us."""
+
+    exit_code = 1
+
+
+class CheckFailed(RlhfError):
+    """A self-check of a run (an invariant, a learning probe) did not hold."""
+
+    exit_code = 1
+
+
+class UsageError(RlhfError):
+    """The command line itself makes no sense."""
+
+    exit_code = 2
+
+
+class DataError(RlhfError):
+    """A data file, model directory or checkpoint does not hold what it should."""
+
+    exit_code = 65
+
+
+class OutOfMemory(RlhfError):
+    """The device or the machine ran out of memory."""
+
+    exit_code = 71
+
+
+class OutputError(RlhfError):
+    """The output directory cannot be created or written."""
+
+    exit_code = 73
+
+
+class StorageError(RlhfError):
+    """Reading or writing failed half-way (disk full, I/O error)."""
+
+    exit_code = 74
+
+
+class Locked(RlhfError):
+    """Another run is writing into the same directory."""
+
+    exit_code = 75
+
+
+class ConfigError(RlhfError):
+    """The configuration is wrong; the message lists every mistake, one a line."""
+
+    exit_code = 78
+
+
+class Preempted(RlhfError):
+    """A signal asked the run to stop; its state is saved and the same command goes on from there."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}; run the same command again to go on")
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,92 @@
+"""From the score of a response to the reward of each of its tokens.
+
+Order of use: `normalize_scores`, `clip_scores`, `apply_missing_eos`, `token_rewards`. Left out on purpose: scoring
+itself, and any bootstrap value for an answer cut off at the length limit (see `advantages.gae`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from rlhf.errors import CheckFailed
+from rlhf.functional.kl import ESTIMATORS
+from rlhf.functional.masked import Moments, last_index, zero_outside
+
+
+def token_rewards(
+    scores: Float[Tensor, " B"],
+    logprobs: Float[Tensor, "B T"],
+    reference_logprobs: Float[Tensor, "B T"] | None,
+    mask: Shaped[Tensor, "B T"],
+    coef: float,
+    estimator: str = "k1",
+) -> Float[Tensor, "B T"]:
+    """-coef times the KL estimate on every response token, plus the score on the last one; 0 outside the mask.
+
+    The last response token is EOS when there is one, as in verl and OpenRLHF. TRL and the N+ code put the score one
+    position later, which multiplies every advantage by one more lambda. An empty response gets no reward at all.
+    Without a KL term (coef 0) there need be no reference, and the rewards are the scores.
+
+    Raises ValueError for a coefficient without a reference.
+    """
+    if reference_logprobs is None:
+        if coef != 0:
+            raise ValueError(f"a KL coefficient of {coef} needs reference_logprobs, got None")
+        penalties = torch.zeros_like(logprobs)
+    else:
+        penalties = zero_outside(-coef * ESTIMATORS[estimator](logprobs, reference_logprobs), mask)
+    indices = torch.arange(mask.shape[-1], device=mask.device)
+    is_last = (indices == last_index(mask).unsqueeze(-1)) & mask.bool()
+    return torch.where(is_last, penalties + scores.unsqueeze(-1), penalties)
+
+
+def apply_missing_eos(
+    scores: Float[Tensor, " B"],
+    has_eos: Bool[Tensor, " B"],
+    rule: Literal["replace", "subtract", "none"],
+    value: float,
+) -> Float[Tensor, " B"]:
+    """Scores after the rule for responses that never ended; those that did keep theirs.
+
+    `replace` puts `value` in place of the score (the N+ code, with -1), `subtract` takes it off the score (TRL, with
+    a positive penalty), `none` leaves it.
+    """
+    of_unfinished = {"replace": torch.full_like(scores, value), "subtract": scores - value, "none": scores}
+    return torch.where(has_eos, scores, of_unfinished[rule])
+
+
+def clip_scores(scores: Float[Tensor, " B"], limit: float | None) -> Float[Tensor, " B"]:
+    """Scores cut to -limit..limit; None leaves them."""
+    return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def normalize_scores(
+    scores: Float[Tensor, " B"], moments: Moments, shift: bool = True, eps: float = 1e-8
+) -> Float[Tensor, " B"]:
+    """(score - mean) / std by the running moments of all scores so far; without `shift` only divided.
+
+    A variance up to `eps` says nothing about the scale (one score, or all equal): scores are then not divided.
+    """
+    std = moments.std if moments.variance > eps else 1.0
+    return (scores - (moments.mean if shift else 0.0)) / std
+
+
+def gain_bias(scores: Float[Tensor, " B"], target_mean: float = 0.0, target_std: float = 1.0) -> tuple[float, float]:
+    """Gain and bias such that gain * scores + bias has the target mean and (biased) standard deviation.
+
+    Ziegler et al. 2019 (arXiv:1909.08593) normalise a reward model so on answers of the reference policy.
+
+    Raises CheckFailed if all scores are equal.
+    """
+    if scores.amin() == scores.amax():
+        raise CheckFailed(
+            f"all {scores.numel()} scores are {scores[0].item():g}, so no gain can give them a standard deviation of "
+            f"{target_std:g}; expected a trained reward model and different answers"
+        )
+    moments = Moments.of(scores)
+    gain = target_std / moments.std
+    return gain, target_mean - gain * moments.mean

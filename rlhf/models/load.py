@@ -1,0 +1,160 @@
+"""Opening models: any source to a Hugging Face module, with every tensor accounted for.
+
+An actor is a `...ForCausalLM`, a reward model or critic a `...ForSequenceClassification` with one label. Dropout is off in all
+of them, in every stage: PPO's ratio needs it, and one rule is easier to reason about than three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf.errors import DataError
+from rlhf.models.gguf import converted
+from rlhf.models.heads import HEAD, initialise_head
+from rlhf.models.source import Source, resolve
+
+transformers_logging.set_verbosity_error()  # its load report is replaced by our own, stricter one
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How weights are held, the same for every role of a run."""
+
+    dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; one that cannot pad gets its EOS as pad (masks never look at ids)."""
+    source = local(resolve(spec))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{spec}: no tokenizer could be opened beside the model: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{spec}: the tokenizer has no EOS token; replies could never end. Set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(model_generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a reply: the tokenizer's EOS first, then those the generation config adds."""
+    more = model_generation.eos_token_id
+    more = [] if more is None else [more] if isinstance(more, int) else list(more)
+    return list(dict.fromkeys([int(tokenizer.eos_token_id), *more]))  # pyright: ignore[reportArgumentType]
+
+
+def load_generation_config(spec: str) -> GenerationConfig:
+    source = local(resolve(spec))
+    if source.kind == "directory" and not (Path(source.path) / "generation_config.json").exists():
+        return GenerationConfig()
+    return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+
+
+def load_actor(spec: str, loading: Loading, from_scratch: bool = False) -> PreTrainedModel:
+    """A causal language model. `from_scratch` draws its weights from `loading.seed` instead of reading them."""
+    source = local(resolve(spec))
+    if from_scratch:
+        return _finish(_from_config(AutoModelForCausalLM, source, loading), loading)
+    model, report = _from_pretrained(AutoModelForCausalLM, source, loading)
+    if any(key.startswith(f"{HEAD}.") for key in report["unexpected_keys"]):
+        raise DataError(f"{spec}: holds a scalar head (`{HEAD}.weight`): this is a reward model, not a policy")
+    _account(spec, report, missing=set(), unexpected=set())
+    return _finish(model, loading)
+
+
+def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool = False) -> PreTrainedModel:
+    """A trunk with a scalar head. With `new_head` the source is a language model and the head is drawn (heads.py);
+    without it a missing head is an error, never a random one."""
+    source = local(resolve(spec, role))  # pyright: ignore[reportArgumentType]
+    model, report = _from_pretrained(AutoModelForSequenceClassification, source, loading, num_labels=1)
+    head_missing = {key for key in report["missing_keys"] if key.startswith(f"{HEAD}.")}
+    if head_missing and not new_head:
+        raise DataError(
+            f"{spec}: the scalar head is missing ({', '.join(sorted(head_missing))}): this is not a reward model. "
+            "Train one with `rlhf rm`, or name one whose checkpoint holds that tensor"
+        )
+    _account(spec, report, missing=head_missing, unexpected={"lm_head.weight", "lm_head.bias"} if head_missing else set())
+    if head_missing:
+        initialise_head(model, loading.seed)
+    return _finish(model, loading)
+
+
+def local(source: Source) -> Source:
+    """Sources transformers does not read as they are, converted once."""
+    return Source("directory", str(converted(Path(source.path))), None, source.run) if source.kind == "gguf" else source
+
+
+def _from_config(factory: Any, source: Source, loading: Loading) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(loading.seed)
+        model = factory.from_config(_without_dropout(config), dtype=torch.float32, attn_implementation=loading.attention)
+    return model.to(loading.dtype)
+
+
+def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    adapter = Path(source.path) / "adapter_config.json"
+    if adapter.exists():
+        from rlhf.models.lora import load_adapter  # lora.py needs this module to open the adapter's base
+
+        return load_adapter(factory, source, loading, changes)
+    try:
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, **changes)
+        return factory.from_pretrained(
+            source.path,
+            revision=source.revision,
+            config=_without_dropout(config),
+            dtype=loading.dtype,
+            attn_implementation=loading.attention,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+
+
+def _account(spec: str, report: dict[str, Any], missing: set[str], unexpected: set[str]) -> None:
+    """Every tensor read is used and every tensor needed was read, but for those named."""
+    lacking = sorted(set(report["missing_keys"]) - missing)
+    surplus = sorted(set(report["unexpected_keys"]) - unexpected)
+    wrong = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    for what, keys in (("lacks", lacking), ("holds, but the architecture has no place for,", surplus), ("has the wrong shape for", wrong)):
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise DataError(f"{spec}: the checkpoint {what} {', '.join(keys[:5])}{more}")
+
+
+def _without_dropout(config: Any) -> Any:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+    if loading.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

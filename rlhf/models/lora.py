@@ -1,0 +1,75 @@
+"""LoRA through PEFT: adapters on a model, adapters from a directory, adapters merged away.
+
+An adapter directory names its base and, in `base.json`, the base's digest: an adapter on other weights is noise, so opening
+one checks it. An adapter can only be saved as such if its base lies on disk; on top of merged weights it cannot, and the
+stage that would produce one is refused unless it merges too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.config.schema import Lora
+from rlhf.digest import tree_digest
+from rlhf.errors import DataError
+from rlhf.models.heads import HEAD
+from rlhf.models.load import Loading, load_actor, load_scalar
+from rlhf.models.source import Source
+
+BASE = "base.json"
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
+    """Wraps a model with fresh factors (B = 0, so it starts as its base); a scalar head stays fully trained."""
+    targets = lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")]
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=[HEAD] if scalar else None,
+        exclude_modules=[HEAD] if scalar else None,
+    )
+    if model.is_gradient_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise DataError(f"lora.targets {lora.targets!r} does not fit {type(model).__name__}: {error}") from error
+
+
+def load_adapter(factory: Any, source: Source, loading: Loading, changes: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base of an adapter directory with the adapter merged in, and a loading report as transformers gives it."""
+    directory = Path(source.path)
+    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    if base is None:
+        raise DataError(f"{directory}/adapter_config.json: no base_model_name_or_path, so its base is unknown")
+    _check_base(directory, base)
+    scalar = "num_labels" in changes
+    model = load_scalar(base, loading, new_head=True) if scalar else load_actor(base, loading)
+    merged = PeftModel.from_pretrained(model, directory).merge_and_unload()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    own_head = scalar and PeftConfig.from_pretrained(directory).task_type == TaskType.SEQ_CLS
+    missing = {f"{HEAD}.weight"} if scalar and not own_head else set()
+    return merged, {"missing_keys": missing, "unexpected_keys": set()}
+
+
+def write_base(directory: Path, base: str) -> None:
+    """Records which weights an adapter belongs to; a hub id is its own record (it carries its revision)."""
+    digest = tree_digest(Path(base)) if Path(base).is_dir() else None
+    (directory / BASE).write_text(json.dumps({"path": base, "digest": digest}, indent=2) + "\n")
+
+
+def _check_base(directory: Path, base: str) -> None:
+    record = directory / BASE
+    if not record.exists():
+        return  # an adapter trained elsewhere
+    digest = json.loads(record.read_text())["digest"]
+    if digest is not None and (not Path(base).is_dir() or tree_digest(Path(base)) != digest):
+        raise DataError(f"{directory}: the adapter's base {base} is gone or has changed since it was trained")

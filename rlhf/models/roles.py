@@ -1,0 +1,151 @@
+"""Who takes part in a stage: the trained policy and, in PPO, the frozen reference and the frozen reward model.
+
+A stage asks roles for log-probabilities, values and scores; whether two roles share weights is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.config.schema import Lora, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.data.collate import TokenBatch
+from rlhf.data.templates import tokenizer_digests
+from rlhf.errors import ConfigError, DataError
+from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.masked import last_index
+from rlhf.models.actor_critic import ActorCritic, value_head_for
+from rlhf.models.heads import zero_head
+from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
+from rlhf.models.source import resolve
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+"""Dtype of the weights by `precision`; bf16 computes under autocast over fp32 master weights."""
+
+
+@dataclass
+class Reference:
+    """The frozen policy the KL penalty is measured from."""
+
+    model: ActorCritic
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, tokens: Tensor, temperature: float) -> Tensor:
+        """(B, T) log-probabilities of `tokens`, the last T of each row; `batch.keep` must be T + 1."""
+        logits = self.model(batch, roles=("actor",)).logits
+        return token_logprobs(logits[:, :-1], tokens, temperature)
+
+
+@dataclass
+class RewardModel:
+    """A frozen scalar model, read at the last real token."""
+
+    model: ActorCritic
+
+    @torch.no_grad()
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """(B,) one score a row."""
+        assert batch.attention_mask is not None
+        return read_last(self.model(batch, roles=("critic",)).values, batch.attention_mask)
+
+
+def read_last(values: Tensor, mask: Tensor) -> Tensor:
+    """(B,) from (B, L): the value at each row's last real token, found by the mask (pad may equal EOS)."""
+    return values.gather(1, last_index(mask)[:, None]).squeeze(1)
+
+
+@dataclass
+class Roles:
+    """`policy` is what is trained: the actor (SFT), the reward model as a critic (RM), or both (PPO)."""
+
+    policy: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
+    reference: Reference | None = None
+    reward: RewardModel | None = None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.generation, self.tokenizer)
+
+
+def open_sft(config: SftConfig) -> Roles:
+    model = load_actor(config.model.path, _loading(config), config.model.from_scratch)
+    actor = _with_lora(model, config.model.path, config.lora, scalar=False)
+    return _roles(config.model.path, ActorCritic(actor=actor))
+
+
+def open_rm(config: RmConfig) -> Roles:
+    model = load_scalar(config.model.path, _loading(config), new_head=True)
+    critic = _with_lora(model, config.model.path, config.lora, scalar=True)
+    return _roles(config.model.path, ActorCritic(critic=critic))
+
+
+def open_ppo(config: PpoConfig) -> Roles:
+    loading, source = _loading(config), config.roles
+    actor = _with_lora(load_actor(source.actor, loading), source.actor, config.lora, scalar=False)
+    reward_source = reward_model_of(config)
+    if source.mode == "shared":
+        policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
+    else:
+        policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
+    roles = _roles(source.actor, policy)
+    if config.kl.coef > 0:
+        roles.reference = Reference(freeze(ActorCritic(actor=load_actor(source.reference or source.actor, loading))))
+    if reward_source is not None:
+        _same_tokenizer(source.actor, roles.tokenizer, reward_source)
+        roles.reward = RewardModel(freeze(ActorCritic(critic=load_scalar(reward_source, loading))))
+    return roles
+
+
+def reward_model_of(config: PpoConfig) -> str | None:
+    """The model source of the reward, or None where the reward is a function."""
+    return None if ":" in config.reward.source else config.reward.source
+
+
+def freeze(model: ActorCritic) -> ActorCritic:
+    return model.requires_grad_(False).eval()
+
+
+def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
+    if source != "zero":
+        return _with_lora(load_scalar(source, loading, role="critic"), source, config.lora, scalar=True)
+    critic = load_scalar(config.roles.actor, loading, new_head=True)
+    zero_head(critic)
+    return _with_lora(critic, config.roles.actor, config.lora, scalar=True)
+
+
+def _with_lora(model: nn.Module, source: str, lora: Lora, scalar: bool) -> nn.Module:
+    if not lora.rank:
+        return model
+    from rlhf.models.lora import add_lora  # peft costs five CPU seconds to import; only those who use it pay
+
+    if not lora.merge and (Path(local(resolve(source)).path) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"lora: {source} is itself an adapter; a second one on top of it has no base on disk. "
+            "Set lora.merge: true here, or in the stage that made it"
+        )
+    return add_lora(model, lora, scalar)  # pyright: ignore[reportArgumentType]
+
+
+def _roles(source: str, policy: ActorCritic) -> Roles:
+    return Roles(policy, load_tokenizer(source), load_generation_config(source))
+
+
+def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, reward: str) -> None:
+    """Token ids are handed to the reward model as they are, so it must have been trained with the same ones."""
+    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(reward))
+    for what in ("tokenizer", "template"):
+        if ours[what] != theirs[what]:
+            raise DataError(
+                f"the {what} of the reward model {reward} is not that of the actor {actor}; "
+                "train the reward model from this actor's SFT run, or give the actor its tokenizer"
+            )
+
+
+def _loading(config: Stage) -> Loading:
+    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed)

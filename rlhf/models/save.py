@@ -1,0 +1,59 @@
+"""Writing a role as a plain Hugging Face directory: weights, config, tokenizer with its template, generation config.
+
+The directory appears complete or not at all (written beside its place, then renamed).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.models.actor_critic import ActorCritic, unwrapped
+from rlhf.models.heads import HEAD
+from rlhf.models.lora import write_base
+
+
+def save_model(
+    model: nn.Module,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig | None = None,
+    merge: bool = False,
+) -> None:
+    """Saves an actor or a scalar model. With LoRA it is the adapter, unless `merge` folds it into the weights."""
+    partial = directory.with_name(f".{directory.name}-{os.getpid()}")
+    adapter = hasattr(model, "peft_config")
+    if adapter and merge:
+        model, adapter = model.merge_and_unload(), False  # pyright: ignore[reportCallIssue]
+    inner: PreTrainedModel = unwrapped(model)  # pyright: ignore[reportAssignmentType]
+    inner.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
+    if adapter:
+        write_base(partial, str(inner.config.name_or_path))
+    if generation is not None:
+        generation.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def critic_of(policy: ActorCritic) -> nn.Module:
+    """The critic as a model of its own; from a shared trunk it is assembled around the value head."""
+    if policy.critic is not None:
+        return policy.critic
+    assert policy.actor is not None and policy.value_head is not None
+    actor: PreTrainedModel = unwrapped(policy.actor)  # pyright: ignore[reportAssignmentType]
+    config = type(actor.config).from_dict({**actor.config.to_dict(), "num_labels": 1})
+    with torch.device("meta"):
+        scalar = AutoModelForSequenceClassification.from_config(config)
+    prefix = f"{actor.base_model_prefix}."
+    weights = {name: tensor for name, tensor in actor.state_dict().items() if name.startswith(prefix)}
+    weights |= {f"{HEAD}.{name}": tensor for name, tensor in policy.value_head.state_dict().items()}
+    scalar.load_state_dict(weights, assign=True)
+    return scalar

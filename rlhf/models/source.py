@@ -1,0 +1,98 @@
+"""What the user means by a model: a run, a Hugging Face directory, a GGUF file or a Hub id.
+
+Decided from names and small files alone: torch is not needed, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf.errors import DataError
+
+Role = Literal["model", "critic"]
+
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+MEGATRON_SIGNS = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*", "*.distcp")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are: `path` is a directory, a .gguf file or a Hub id; `run` is the run that made it."""
+
+    kind: Literal["hub", "directory", "gguf"]
+    path: str
+    revision: str | None
+    run: Path | None
+
+
+def resolve(spec: str, role: Role = "model") -> Source:
+    """Find the model a user names.
+
+    Args:
+        spec: a run directory, a directory with config.json or adapter_config.json, a .gguf file, or a Hub id
+            `owner/name@revision`.
+        role: `critic` takes the critic of a PPO run where `model` takes its actor; for all others they are the same.
+
+    Raises:
+        DataError: nothing of the kind is there; the message says what was looked for.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _in_directory(path, role)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise DataError(f"{spec}: a model is a directory, a .gguf file or a Hub id; this is a file of another kind")
+        return Source("gguf", str(path), None, None)
+    hub = HUB_ID.fullmatch(spec)
+    if hub and not _means_a_path(spec):
+        return Source("hub", hub["name"], hub["revision"], None)
+    raise DataError(
+        f"{spec}: no such model. Looked for a run directory, a directory with config.json or adapter_config.json, "
+        "and a .gguf file of this name; a Hub id has the form owner/name or owner/name@revision"
+    )
+
+
+def _means_a_path(spec: str) -> bool:
+    first = spec.split("/")[0]
+    return spec.endswith(".gguf") or first in (".", "..", "~") or Path(first).is_dir()
+
+
+def _in_directory(path: Path, role: Role) -> Source:
+    if (path / "run.json").is_file():
+        return Source("directory", str(_result_of_run(path, role)), None, path)
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return Source("directory", str(path), None, None)
+    if any(any(path.glob(sign)) for sign in MEGATRON_SIGNS):
+        raise DataError(
+            f"{path}: this is a Megatron checkpoint; converting those is not in this version. "
+            "Convert it to a Hugging Face directory first (Megatron Bridge does) and name that one"
+        )
+    raise DataError(
+        f"{path}: not a model: it has no config.json (Hugging Face model), no adapter_config.json (LoRA adapter) "
+        f"and no run.json (a run of ours). It holds {_contents(path)}"
+    )
+
+
+def _result_of_run(run: Path, role: Role) -> Path:
+    try:
+        manifest = json.loads((run / "run.json").read_text())
+        stage, finished = manifest["stage"], manifest["finished"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{run / 'run.json'}: not the manifest of a run of ours ({error!r})") from error
+    if not finished:
+        raise DataError(
+            f"{run}: this {stage} run is not finished; finish it first: the command that started it goes on"
+        )
+    result = run / ("critic" if role == "critic" and stage == "ppo" else "model")
+    if not result.is_dir():
+        raise DataError(f"{run}: this {stage} run has no {result.name}/")
+    return result
+
+
+def _contents(path: Path) -> str:
+    names = sorted(child.name for child in path.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"

@@ -1,0 +1,38 @@
+"""The record of a run: one JSON object a line, keyed by step, cut back to the checkpoint when a run resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Records:
+    """metrics.jsonl or samples.jsonl. `step` is the first key of every line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+
+    def append_once(self, step: int, values: dict[str, Any]) -> None:
+        """As `append`, unless the very line is there: a run killed after its last checkpoint evaluates again, to the same bits."""
+        if {"step": step, **values} not in self.read():
+            self.append(step, values)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every complete line; a line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def cut(self, step: int) -> None:
+        """Leaves only what was known when `step` steps were done, so that a resumed run repeats no line."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        partial = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(self.path)

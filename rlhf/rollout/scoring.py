@@ -1,0 +1,65 @@
+"""From samples to experience: what each policy thought of every token, and what each reply scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.masked import zero_outside
+from rlhf.models.roles import Reference
+from rlhf.rollout.engines import Samples
+from rlhf.rollout.experience import Experience, reply_tensors
+from rlhf.rollout.rewards import RewardSource
+
+
+@torch.no_grad()
+def score(
+    samples: Samples,
+    texts: Sequence[str],
+    micro_batches: Sequence[Sequence[int]],
+    policy: nn.Module,
+    reference: Reference | None,
+    reward: RewardSource,
+    temperature: float,
+    pad_id: int,
+) -> Experience:
+    """Recomputes log-probabilities and values with the forward of the update, row by row in the given micro-batches.
+
+    They are recomputed because a decode with a KV cache is not bitwise a forward over the whole reply: only numbers from the
+    same micro-batches through the same forward make the first ratio of an update exactly 1.
+    """
+    tokens, mask, sampled = reply_tensors(samples, pad_id)
+    device = next(policy.parameters()).device
+    experience = Experience(
+        prompts=samples.prompts,
+        tokens=tokens,
+        mask=mask,
+        finished=torch.tensor(samples.finished),
+        sampled_logprobs=sampled,
+        logprobs=_blank(policy, mask),
+        values=_blank(policy, mask),
+        reference_logprobs=None if reference is None else _blank(policy, mask),
+        scores=reward(samples, texts),
+    )
+    for rows in micro_batches:
+        part = experience.rows(rows)
+        batch, target, real = part.batch(pad_id).to(device), part.tokens.to(device), part.mask.to(device)
+        output = policy(batch)
+        _put(experience.logprobs, rows, zero_outside(token_logprobs(output.logits[:, :-1], target, temperature), real))
+        _put(experience.values, rows, zero_outside(output.values[:, :-1], real))
+        if reference is not None:
+            assert experience.reference_logprobs is not None
+            _put(experience.reference_logprobs, rows, zero_outside(reference.logprobs(batch, target, temperature), real))
+    return experience
+
+
+def _blank(policy: nn.Module, mask: Tensor) -> Tensor:
+    dtype = next(policy.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _put(whole: Tensor, rows: Sequence[int], part: Tensor) -> None:
+    whole[torch.tensor(list(rows)), : part.shape[1]] = part.to(whole.device, whole.dtype)

@@ -1,0 +1,79 @@
+"""What a command would do, before it does it: the batch arithmetic, the launch command, the files it would write."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rlhf.config.parse import Invocation
+from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
+from rlhf.runs.launch import command, printable
+
+
+def describe(invocation: Invocation) -> dict[str, Any]:
+    """The dry run as data: {"stage", "config", "batches", "command", "writes"}. Neither models nor rows are opened."""
+    config = invocation.config
+    argv, env = command(invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads)
+    return {
+        "stage": invocation.stage,
+        "config": config.model_dump(mode="json"),
+        "batches": batches(config, processes=int(env["RLHF_EXPECTED_WORLD_SIZE"])),
+        "command": printable(argv, env),
+        "writes": writes(config),
+    }
+
+
+def batches(config: Any, processes: int) -> list[str]:
+    """How rows become optimizer steps, one sentence a line."""
+    if isinstance(config, PpoConfig):
+        return _ppo_batches(config, processes)
+    assert isinstance(config, SftConfig | RmConfig)
+    rows = "pairs" if isinstance(config, RmConfig) else "sequences" if config.data.packing else "rows"
+    schedule = config.schedule
+    length = {
+        "steps": f"{schedule.length} optimizer steps in all: {schedule.length * config.batch_size} {rows}",
+        "epochs": f"{schedule.length} epochs: one optimizer step for every {config.batch_size} {rows} of each",
+        "tokens": f"as many optimizer steps as {schedule.length} tokens with a loss take",
+    }
+    step = _step(config.batch_size, rows, processes, config.micro_batch_size)
+    return [f"{config.batch_size} {rows} per optimizer step = {step}", length[schedule.unit]]
+
+
+def writes(config: Any) -> list[str]:
+    """The files a run leaves, where it would leave them."""
+    names = ["run.json", "status.json", "metrics.jsonl"]
+    if config.report.samples and not isinstance(config, RmConfig):
+        names.append("samples.jsonl")
+    names.append("checkpoints/step-N/")
+    names.append("model/")
+    if isinstance(config, PpoConfig):
+        names.append("critic/")
+    return [f"{config.output.rstrip('/')}/{name}" for name in names]
+
+
+def _ppo_batches(config: PpoConfig, processes: int) -> list[str]:
+    rollout, ppo, schedule = config.rollout, config.ppo, config.schedule
+    replies = rollout.batch_size * rollout.samples_per_prompt
+    minibatches = math.ceil(replies / ppo.minibatch_size)
+    steps = minibatches * ppo.epochs
+    length = {
+        "steps": f"{schedule.length} iterations: {schedule.length * steps} optimizer steps, "
+        f"{schedule.length * replies} replies in all",
+        "epochs": f"{schedule.length} epochs: one iteration for every {rollout.batch_size} prompts of each",
+    }
+    return [
+        f"{replies} replies per iteration = {rollout.batch_size} prompts x {rollout.samples_per_prompt} samples, "
+        f"at most {rollout.generation_batch_size} sampled at a time by each of {processes} process(es)",
+        f"{steps} optimizer steps per iteration = {minibatches} minibatches x {ppo.epochs} epochs",
+        f"{ppo.minibatch_size} replies per optimizer step = "
+        + _step(ppo.minibatch_size, "replies", processes, config.micro_batch_size),
+        length[schedule.unit],
+    ]
+
+
+def _step(batch: int, rows: str, processes: int, micro_batch: int) -> str:
+    share = math.ceil(batch / processes)
+    accumulation = math.ceil(share / micro_batch)
+    if processes * micro_batch * accumulation == batch:
+        return f"{processes} process(es) x {micro_batch} {rows} per micro-batch x {accumulation} micro-batch(es)"
+    return f"{processes} process(es) x up to {share} {rows}, in {accumulation} micro-batch(es) of up to {micro_batch}"

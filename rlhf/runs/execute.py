@@ -1,0 +1,73 @@
+"""One stage from the outside: check what can be checked without torch, say what is about to happen, run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rlhf.config.parse import Invocation
+from rlhf.errors import OutputError
+from rlhf.runs import launch
+from rlhf.runs.lineage import state_of
+from rlhf.runs.lock import check_unlocked
+from rlhf.runs.manifest import read_status, write_status
+
+STDERR = 2  # the file descriptor
+
+
+def execute(invocation: Invocation, quiet: bool = False) -> int:
+    """Run a stage, unless its run is done already, and return its exit code.
+
+    Args:
+        quiet: keep standard output clear; what would go there goes to standard error.
+
+    Raises:
+        OutputError: the output directory cannot be made or written.
+        Locked: another run is writing there.
+        DataError: as `lineage.state_of`.
+    """
+    stage, config = invocation.stage, invocation.config
+    log = sys.stderr if quiet else sys.stdout
+    argv, env = launch.command(stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads)
+    if invocation.unit_test:
+        print(launch.printable(argv, env), file=sys.stderr, flush=True)
+        return launch.run(argv, env, None)
+    run = Path(config.output)
+    check_output(run)
+    check_unlocked(run)
+    world_size, threads = int(env["RLHF_EXPECTED_WORLD_SIZE"]), int(env["OMP_NUM_THREADS"])
+    state = state_of(run, stage, config, world_size, threads, invocation.allow_inexact_resume)
+    if state == "done":
+        _say_done(run)
+        print(f"{stage}: done, kept: {run}", file=log, flush=True)
+        return 0
+    print(f"{stage}: {'going on with' if state == 'resume' else 'starting'} {run}", file=log)
+    print(launch.printable(argv, env), file=log, flush=True)
+    code = launch.run(argv, env, run, stdout=STDERR if quiet else None)
+    status = read_status(run)
+    if status and status["pid"] == os.getpid():  # the stage could not say it itself
+        print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)
+    return code
+
+
+def check_output(directory: Path) -> None:
+    """Make sure that the directory could be made and written, without making it.
+
+    Raises:
+        OutputError: it could not; the message names what stands in the way.
+    """
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{directory}: cannot be made: {place} is not a directory; choose another --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{directory}: no permission to write in {place}; choose another --output")
+
+
+def _say_done(run: Path) -> None:
+    """A kill between the last writes of run.json and status.json leaves a finished run that says it is running."""
+    status = read_status(run)
+    if status is None or status["state"] != "done":
+        write_status(run, "done", exit_code=0)

@@ -1,0 +1,202 @@
+"""Starting a stage as a child process, passing signals on to it, and learning how it ended.
+
+The child has a process group of its own, so that Ctrl-C reaches it once, through us, and not a second time from the
+terminal: to a stage the second signal means stop at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlhf import paths
+from rlhf.errors import ConfigError, Locked, UsageError
+from rlhf.runs.lock import check_unlocked
+from rlhf.runs.manifest import STATUS, read_status, write_status
+
+LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
+
+
+def command(
+    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that runs a stage, and the environment variables it needs.
+
+    Args:
+        launch: `auto`, `cpu`, the name of a file in configs/launch, or the path of an Accelerate config file.
+        nproc: processes over all machines; 1: as many as the launch file says.
+        arguments: the stage's own.
+        threads: CPU threads of each process; 0: this machine's cores shared out evenly.
+
+    Raises:
+        UsageError: no such launch file, or it cannot start as many processes.
+        ConfigError: the launch file sets a precision, which is the stage config's to say.
+    """
+    if launch == "auto":
+        launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if nproc > 1 else "gpu"
+    script = [str(paths.STAGES / f"{stage}.py"), *arguments]
+    if launch == "cpu":
+        return _on_cpu(script, nproc), _environment(nproc, nproc, threads) | {"ACCELERATE_USE_CPU": "true"}
+    file = _launch_file(launch)
+    settings = _settings(file, nproc)
+    processes = nproc if nproc > 1 else settings["num_processes"]
+    options = ["--config_file", str(file), "--num_processes", str(processes)]
+    local = max(1, processes // settings["num_machines"])
+    argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
+    return argv, _environment(processes, local, threads)
+
+
+def printable(argv: list[str], env: dict[str, str]) -> str:
+    """The command as it can be pasted into a shell."""
+    return " ".join([f"{name}={shlex.quote(value)}" for name, value in env.items()] + [shlex.join(argv)])
+
+
+def run(argv: list[str], env: dict[str, str], run_dir: Path | None, stdout: int | None = None) -> int:
+    """Run the command to its end and return its exit code, the stage's own where the launcher replaced it.
+
+    The first SIGTERM or SIGINT is passed on: the stage saves and stops. The second kills it. A status that a killed
+    stage left at `running` becomes `failed` (or `preempted`, where a signal of ours was the reason).
+
+    Args:
+        run_dir: where the stage writes status.json; None: nowhere.
+        stdout: file descriptor the child's standard output goes to; None: to ours.
+    """
+    before = _status_text(run_dir)
+    relay = _Relay(launcher=argv[1:2] == ["-m"])
+    previous = {number: signal.signal(number, relay) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = relay.wait(subprocess.Popen(argv, env=os.environ | env, process_group=0, stdout=stdout))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code == 0 or run_dir is None:
+        return code
+    return _settle(run_dir, code, preempted=relay.received is not None, said_so=_status_text(run_dir) != before)
+
+
+class _Relay:
+    """A signal handler that passes the first signal on to the stage's processes and kills them on the second."""
+
+    def __init__(self, launcher: bool) -> None:
+        self.launcher = launcher
+        self.received: int | None = None
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = self.received is None, number
+        if self.child is not None:
+            self.send(number if first else signal.SIGKILL)
+
+    def wait(self, child: subprocess.Popen[bytes]) -> int:
+        self.child = child
+        if self.received is not None:  # it came while the child was being started
+            self.send(self.received)
+        code = child.wait()
+        if code != 0 and self.received is not None:
+            return 128 + self.received
+        return code if code >= 0 else 128 - code
+
+    def send(self, number: int) -> None:
+        import psutil
+
+        assert self.child is not None
+        try:
+            child = psutil.Process(self.child.pid)
+            family = child.children(recursive=True)
+            # torchrun gives its processes 30 s after a signal and then kills them; a PPO iteration may take longer, so
+            # the signal goes past it, to the stage. Before there are any, the launcher is all there is to stop.
+            ranks = child.children() if self.launcher else []
+            targets = [child, *family] if number == signal.SIGKILL else ranks or [child]
+        except psutil.NoSuchProcess:
+            return
+        for process in targets:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+
+def _settle(run_dir: Path, code: int, preempted: bool, said_so: bool) -> int:
+    status = read_status(run_dir)
+    if status is None:
+        return code
+    if said_so and status["exit_code"]:
+        return status["exit_code"]
+    if status["state"] == "running":
+        try:
+            check_unlocked(run_dir)
+        except Locked:  # the status is that of another run, still going on
+            return code
+        write_status(run_dir, "preempted" if preempted else "failed", _reason(code), code)
+    return code
+
+
+def _reason(code: int) -> str:
+    if code == 128 + signal.SIGKILL:
+        return "killed by SIGKILL; if nobody did that, the kernel did, for want of memory"
+    if code > 128:
+        return f"stopped by {signal.Signals(code - 128).name} before anything could be saved"
+    return f"ended with exit code {code} without saying why; see its output"
+
+
+def _status_text(run_dir: Path | None) -> str:
+    file = run_dir / STATUS if run_dir else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
+
+
+def _on_cpu(script: list[str], processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable, *script]
+    place = ["--nnodes", "1", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    return [sys.executable, "-m", LAUNCHERS["torchrun"], "--nproc_per_node", str(processes), *place, *script]
+
+
+def _environment(processes: int, local: int, threads: int) -> dict[str, str]:
+    """`local`: how many of the processes are on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(threads or max(1, cores // local)),
+        # Threads that spin while they wait take the cores from those that work.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        # A launcher that starts fewer processes than it was asked for says nothing; the stage compares.
+        "RLHF_EXPECTED_WORLD_SIZE": str(processes),
+    }
+
+
+def _launch_file(launch: str) -> Path:
+    file = Path(launch) if launch.endswith((".yaml", ".yml", ".json")) else paths.CONFIGS / "launch" / f"{launch}.yaml"
+    if file.is_file():
+        return file
+    names = ", ".join(sorted(path.stem for path in (paths.CONFIGS / "launch").glob("*.yaml")))
+    raise UsageError(f"--launch {launch}: no file {file}; there are auto, {names}, or give an Accelerate config file")
+
+
+def _settings(file: Path, nproc: int) -> dict[str, Any]:
+    import yaml
+
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kind = str(settings.get("distributed_type", "NO"))
+    if settings.get("mixed_precision") not in (None, "no", False):
+        raise ConfigError(
+            f"{file}: mixed_precision is {settings['mixed_precision']}; precision belongs to the stage's config: "
+            "set `precision` there and `mixed_precision: no` here"
+        )
+    if kind == "MULTI_CPU" or (settings.get("use_cpu") and nproc > 1):
+        raise UsageError(f"{file}: Accelerate would start one process without mpirun; use --launch cpu --nproc N")
+    if kind == "NO" and nproc > 1:
+        raise UsageError(f"{file}: starts one process, --nproc asks for {nproc}; use --launch ddp")
+    return {"num_processes": 1, "num_machines": 1} | settings
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,264 @@
+"""What a run was made from, whether that still holds, and so whether a run is new, can go on, or is done.
+
+Inputs are compared by content: a pipeline may be moved as a whole, and a parent made again to the same bytes is the
+same parent. What only has a name (a Hub id, an imported reward function) is compared by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config.schema import Stage
+from rlhf.digest import file_digest, text_digest, tree_digest
+from rlhf.errors import DataError
+from rlhf.models.source import resolve
+from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, versions
+
+RunState = Literal["new", "resume", "done"]
+Verdict = Literal["ok", "changed", "missing", "by name"]
+
+INPUT_FIELDS = {
+    "model": "model.path",
+    "actor": "roles.actor",
+    "reference": "roles.reference",
+    "critic": "roles.critic",
+    "reward": "reward.source",
+    "data.train": "data.train",
+    "data.eval": "data.eval",
+}
+"""Input name -> config field, for the stages that have it."""
+
+# Config sections that say where and how often to write, not what is computed.
+OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
+
+# What the last bits of a run in progress hang on. A finished result stays what it is on another machine.
+MACHINE_FIELDS = ("world_size", "threads", "versions.torch", "versions.transformers")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One input in a run's ancestry: the name it was read under, where it is, the stage that made it, if it is the same."""
+
+    name: str
+    path: str
+    stage: str | None
+    verdict: Verdict
+    inputs: tuple[Node, ...]
+
+
+def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
+    """Everything the stage reads: name -> {"path", "digest", "parent"}.
+
+    path is relative to the run where it lies beside it, and absolute otherwise; digest is of the content, or None for
+    what only has a name; parent is the digest of the run.json of the run that made it, or None.
+
+    Raises:
+        DataError: an input is missing, comes from an unfinished run, or is not what its run left.
+    """
+    inputs = {}
+    fields = _flat(config.model_dump(mode="json"))
+    for name, field in INPUT_FIELDS.items():
+        spec = fields.get(field)
+        if spec is None or spec == "zero":  # a critic without a model of its own
+            continue
+        spec = os.path.expanduser(spec)
+        digest = _digest(name, spec)
+        if digest is None:
+            inputs[name] = {"path": spec, "digest": None, "parent": None}
+            continue
+        run = _maker(spec)
+        if run is not None:
+            _verify(run, name, Path(spec), reader=stage)
+        parent = manifest_digest(run) if run is not None else None
+        inputs[name] = {"path": _portable(spec, config.output), "digest": digest, "parent": parent}
+    return inputs
+
+
+def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on to the same bits: flat, by the names a person knows."""
+    inputs = manifest["inputs"]
+    told_by_content = {INPUT_FIELDS[name] for name, entry in inputs.items() if entry["digest"] is not None}
+    config = {
+        field: value
+        for field, value in _flat(manifest["config"]).items()
+        if field.split(".")[0] not in OUTPUT_FIELDS and field not in told_by_content
+    }
+    contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
+    machine = {name: manifest[name] for name in ("world_size", "threads")}
+    packages = {f"versions.{name}": manifest["versions"][name] for name in ("torch", "transformers")}
+    return config | contents | machine | packages | {"seed": manifest["seed"]}
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each thing in which two fingerprints differ."""
+    return [
+        f"{name}: {_short(recorded.get(name))} -> {_short(now.get(name))}"
+        for name in sorted(recorded | now)
+        if recorded.get(name) != now.get(name)
+    ]
+
+
+def state_of(
+    run: Path,
+    stage: str,
+    config: Stage,
+    world_size: int | None = None,
+    threads: int | None = None,
+    allow_inexact: bool = False,
+) -> RunState:
+    """What starting the stage with this config in this directory would mean.
+
+    Args:
+        world_size, threads: of the run about to start; None: not compared.
+        allow_inexact: go on with an unfinished run whatever has changed.
+
+    Raises:
+        DataError: the directory holds a run of something else, or a finished one whose files have changed; or, as
+            `inputs_of`, an input is not fit to be read.
+    """
+    inputs = inputs_of(stage, config)
+    if not (run / MANIFEST).is_file():
+        return "new"
+    manifest = read_json(run / MANIFEST)
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise DataError(
+            f"{run / MANIFEST}: schema_version {manifest['schema_version']}; this rlhf reads {SCHEMA_VERSION}; "
+            "choose another --output"
+        )
+    if manifest["stage"] != stage:
+        raise DataError(f"{run}: holds a run of {manifest['stage']}, not of {stage}; choose another --output")
+    finished = manifest["finished"] is not None
+    changes = _changes(manifest, config, inputs, world_size, threads, ignored=MACHINE_FIELDS if finished else ())
+    if changes and finished:
+        raise _stale(f"{run}: holds a finished {stage} run of something else", changes, f"or delete {run}")
+    if changes and not allow_inexact:
+        raise _stale(
+            f"{run}: the unfinished {stage} run here cannot go on exactly",
+            changes,
+            "or --allow-inexact-resume to go on all the same (it is recorded)",
+        )
+    if not finished:
+        return "resume"
+    if changed := changed_files(run, manifest):
+        raise DataError(
+            f"{run}: changed since this {stage} run finished: {_listed(changed)}; delete it to make it again"
+        )
+    return "done"
+
+
+def chain(run: Path) -> tuple[Node, ...]:
+    """The inputs of a run, their runs' inputs and so on, each checked against what was recorded."""
+    return tuple(_nodes(run, read_json(run / MANIFEST)["inputs"]))
+
+
+def _nodes(run: Path, inputs: dict[str, Any]) -> Iterator[Node]:
+    for name, entry in inputs.items():
+        if entry["digest"] is None:
+            yield Node(name, entry["path"], None, "by name", ())
+            continue
+        path = os.path.normpath(run / entry["path"])
+        maker = _maker(path)
+        stage = read_json(maker / MANIFEST)["stage"] if maker else None
+        yield Node(name, path, stage, _verdict(name, path, entry["digest"]), chain(maker) if maker else ())
+
+
+def _verdict(name: str, path: str, recorded: str) -> Verdict:
+    try:
+        return "ok" if _digest(name, path) == recorded else "changed"
+    except DataError:
+        return "missing"
+
+
+def _digest(name: str, spec: str) -> str | None:
+    """Digest of the content a config field names; None for what only has a name."""
+    if name.startswith("data."):
+        return _digest_of_file(Path(spec), f"{name}: ")
+    if name == "reward" and ":" in spec:
+        file, _, function = spec.rpartition(":")
+        if spec.startswith("count:") or not file.endswith(".py"):
+            return None
+        return text_digest(f"{_digest_of_file(Path(file), 'reward.source: ')}:{function}")
+    source = resolve(spec, "critic" if name == "critic" else "model")
+    if source.kind == "hub":
+        return None
+    return tree_digest(source.path) if source.kind == "directory" else file_digest(source.path)
+
+
+def _digest_of_file(path: Path, field: str) -> str:
+    if not path.is_file():
+        raise DataError(f"{field}no file {path}" + (" (it is a directory)" if path.is_dir() else ""))
+    return file_digest(path)
+
+
+def _maker(spec: str) -> Path | None:
+    """The run that an input is, or lies in."""
+    path = Path(spec)
+    return next((place for place in (path, path.parent) if (place / MANIFEST).is_file()), None)
+
+
+def _verify(run: Path, name: str, path: Path, reader: str) -> None:
+    manifest = read_json(run / MANIFEST)
+    critic = name == "critic" and manifest["stage"] == "ppo"
+    output = path.relative_to(run).parts[0] if path != run else "critic" if critic else "model"
+    if output not in manifest["outputs"]:
+        return
+    if changed := changed_files(run, manifest, output):
+        raise DataError(
+            f"{name}: {run} has changed since its {manifest['stage']} run finished: {_listed(changed)}. "
+            f"What {reader} would learn from it is not what was made; make {run} again, or name another {name}"
+        )
+
+
+def _portable(spec: str, output: str) -> str:
+    path, run = Path(spec).absolute(), Path(output).absolute()
+    return os.path.relpath(path, run) if path.is_relative_to(run.parent) else str(path)
+
+
+def _changes(
+    manifest: dict[str, Any],
+    config: Stage,
+    inputs: dict[str, Any],
+    world_size: int | None,
+    threads: int | None,
+    ignored: tuple[str, ...],
+) -> list[str]:
+    planned = {
+        "config": config.model_dump(mode="json"),
+        "inputs": inputs,
+        "seed": config.seed,
+        "world_size": manifest["world_size"] if world_size is None else world_size,
+        "threads": manifest["threads"] if threads is None else threads,
+        "versions": versions(),
+    }
+    recorded, now = fingerprint(manifest), fingerprint(planned)
+    return differences(
+        {name: value for name, value in recorded.items() if name not in ignored},
+        {name: value for name, value in now.items() if name not in ignored},
+    )
+
+
+def _stale(what: str, changes: list[str], way_out: str) -> DataError:
+    lines = "".join(f"\n  {change}" for change in changes)
+    return DataError(f"{what} (recorded -> now):{lines}\nchoose another --output, {way_out}")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    """A digest by its first characters; all else as it is written in a config."""
+    if value is None:
+        return "none"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _listed(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")

@@ -1,0 +1,152 @@
+"""run.json and status.json: what a run was made of, what it left, and how it ended.
+
+run.json is written twice: when a stage starts (`new_manifest`; nothing finished yet) and when it ends (`finish`).
+status.json says what is going on now; it is the contract on how a run ended, since launchers rewrite exit codes
+(torchrun returns 1 for everything). Checkpoints have a manifest of their own (rlhf/training).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.digest import file_digest, file_digests, text_digest, tree_digest
+from rlhf.errors import DataError
+
+SCHEMA_VERSION = 1
+
+State = Literal["running", "done", "failed", "preempted"]
+
+MANIFEST = "run.json"
+STATUS = "status.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file in one step: a reader, or a start after a crash, sees the old content or the new, no part."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or the new name itself may be lost with the power
+    finally:
+        os.close(directory)
+
+
+def read_json(path: Path) -> Any:
+    """Raises: DataError: the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a run's bits."""
+    packages = ("rlhf", "torch", "transformers", "accelerate", "peft")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def new_manifest(
+    stage: str,
+    config_json: dict[str, Any],
+    command: list[str],
+    seed: int,
+    world_size: int,
+    threads: int,
+    inputs: dict[str, dict[str, Any]],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """What run.json holds when a stage starts; the stage adds the digests `tokenizer` and `template`.
+
+    Args:
+        inputs: of `lineage.inputs_of`.
+        threads: CPU threads of each process; a sum over another number of threads differs in its last bits.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rlhf_version": versions["rlhf"],
+        "stage": stage,
+        "command": command,
+        "config": config_json,
+        "versions": versions,
+        "seed": seed,
+        "world_size": world_size,
+        "threads": threads,
+        "inputs": inputs,
+        "outputs": {},
+        "files": {},
+        "result": {},
+        "started": now(),
+        "finished": None,
+    }
+
+
+def finish(run: Path, manifest: dict[str, Any], result: dict[str, Any], outputs: Iterable[str] = ("model",)) -> None:
+    """Write the final run.json, with digests of the outputs, then the status `done`.
+
+    Args:
+        result: the final metrics.
+        outputs: names of files or directories in the run that later stages read.
+    """
+    paths = {name: run / name for name in outputs}
+    ended = {
+        "outputs": {name: tree_digest(path) if path.is_dir() else file_digest(path) for name, path in paths.items()},
+        "files": {file: digest for name in paths for file, digest in _files(run, name).items()},
+        "result": result,
+        "finished": now(),
+    }
+    write_json(run / MANIFEST, manifest | ended)
+    write_status(run, "done", exit_code=0)
+
+
+def changed_files(run: Path, manifest: dict[str, Any], output: str | None = None) -> list[str]:
+    """Files of a finished run's outputs (or of one of them) that are not what they were, are missing, or are new."""
+    names = manifest["outputs"] if output is None else [output]
+    recorded = {file: digest for file, digest in manifest["files"].items() if file.split("/")[0] in names}
+    present = {file: digest for name in names for file, digest in _files(run, name).items()}
+    return sorted(file for file in recorded | present if recorded.get(file) != present.get(file))
+
+
+def manifest_digest(run: Path) -> str:
+    """Digest of run.json: which run this was, not only which bytes it made."""
+    return text_digest((run / MANIFEST).read_text(encoding="utf-8"))
+
+
+def write_status(run: Path, state: State, reason: str = "", exit_code: int | None = None) -> None:
+    """Say how the run is doing; `reason` is one sentence for a person."""
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": now()}
+    write_json(run / STATUS, {"state": state, "reason": reason, "exit_code": exit_code, **owner})
+
+
+def read_status(run: Path) -> dict[str, Any] | None:
+    """None where the directory is no run, or its stage has not come as far as to say anything."""
+    return read_json(run / STATUS) if (run / STATUS).is_file() else None
+
+
+def seconds(manifest: dict[str, Any]) -> float:
+    """Wall time from the run's start to its end, pauses included."""
+    started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
+    return (finished - started).total_seconds()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _files(run: Path, name: str) -> dict[str, str]:
+    path = run / name
+    if path.is_dir():
+        return {f"{name}/{file}": digest for file, digest in file_digests(path).items()}
+    return {name: file_digest(path)} if path.is_file() else {}

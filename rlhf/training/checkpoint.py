@@ -1,0 +1,155 @@
+"""Training checkpoints that a kill cannot spoil.
+
+    RUN/checkpoints/step-N/   NAME.safetensors, state.json, MANIFEST.json
+
+A checkpoint is written under another name, synced, described by a manifest with the size and SHA-256 of every file, and only
+then renamed; the old ones go after the new one verifies. There is no pointer file: the latest checkpoint is the one with the
+highest step that verifies. One that does not is renamed `*.corrupt`, said, and passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.digest import text_digest
+from rlhf.errors import DataError, StorageError
+from rlhf.runs.manifest import write_json
+
+SCHEMA_VERSION = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `step` steps were done."""
+
+    directory: Path
+    step: int
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.directory / f"{name}.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.directory / STATE).read_text(encoding="utf-8"))
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
+    """Commits a checkpoint and rotates older ones away.
+
+    Args:
+        tensors: one safetensors file by each name.
+        state: JSON; floats keep every bit (repr round-trips).
+        keep: how many of the newest to keep.
+
+    Raises:
+        StorageError: the disk is full or failed; checkpoints already there are untouched.
+    """
+    final, partial = root / f"step-{step}", root / f".tmp-step-{step}-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        for name, values in tensors.items():
+            # A view of a larger storage or a shared tensor would be refused or saved whole.
+            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
+        write_json(partial / STATE, state)
+        files = sorted(path for path in partial.iterdir())
+        for path in files:
+            _sync(path)
+        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": {path.name: _described(path) for path in files}}
+        write_json(partial / MANIFEST, {**manifest, "digest": text_digest(json.dumps(manifest, sort_keys=True))})
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"{final}: the checkpoint could not be written ({error}); older checkpoints are untouched") from error
+    fault = verify(final)
+    if fault:
+        raise StorageError(f"{final}: does not read back as written ({fault}); older checkpoints are untouched")
+    for old in _numbered(root)[keep:]:
+        _remove(old[1])
+    return final
+
+
+def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; leftovers of a kill are cleared away.
+
+    Raises:
+        DataError: there are checkpoints and none verifies; starting over silently would lose the run.
+    """
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    found = _numbered(root)
+    for step, directory in found:
+        fault = verify(directory)
+        if not fault:
+            return Checkpoint(directory, step)
+        aside = directory.with_name(f"{directory.name}.corrupt")
+        if aside.exists():
+            shutil.rmtree(aside)
+        directory.rename(aside)
+        say(f"{directory} is corrupt ({fault}); kept as {aside.name} and passed over")
+    if found or any(root.glob("*.corrupt")):
+        raise DataError(f"{root}: no checkpoint verifies; remove the directory to start over, or restore one")
+    return None
+
+
+def verify(directory: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("digest")
+        files, step = manifest["files"], manifest["step"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{MANIFEST}: {error}"
+    if digest != text_digest(json.dumps(manifest, sort_keys=True)) or directory.name != f"step-{step}":
+        return f"{MANIFEST} is not the one written with it"
+    present = {path.name for path in directory.iterdir()} - {MANIFEST}
+    if present != set(files):
+        return f"files {sorted(present ^ set(files))} are missing or new"
+    for name, expected in files.items():
+        if _described(directory / name) != expected:
+            return f"{name} has changed"
+    return ""
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory), newest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return sorted(found, reverse=True)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(directory: Path) -> None:
+    """Renamed first, so that a kill leaves a leftover and not half a checkpoint."""
+    aside = directory.with_name(f".tmp-delete-{directory.name}")
+    directory.rename(aside)
+    shutil.rmtree(aside)

@@ -1,0 +1,91 @@
+"""What must hold in the first iteration of any PPO run, in plain words.
+
+Each check compares two things that must agree for a reason that has nothing to do with learning; one that fails names a bug or
+a setting, not bad luck. The cheap ones run in every run (`first_scores`, `first_minibatch`); `probes.py` has the thorough ones
+of the unit-test mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.config.schema import PpoConfig
+from rlhf.errors import CheckFailed
+from rlhf.functional.masked import Moments
+from rlhf.rollout.experience import Experience
+
+ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
+"""Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply."""
+
+
+Probe = Callable[..., None]
+"""(checks, training, roles, policy, experience): more checks, for those who ask for them (unit_test.py)"""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    measured: str
+    meaning: str
+    """What the check says when it holds; with `not` in front of it, what is wrong when it does not."""
+
+
+@dataclass
+class Checks:
+    """Results in order; `require` turns a failure into the end of the run."""
+
+    results: list[Check] = field(default_factory=list)
+
+    def expect(self, name: str, passed: bool | Tensor, measured: Any, meaning: str) -> None:
+        text = f"{float(measured):.3g}" if isinstance(measured, (int, float, Tensor)) else str(measured)
+        self.results.append(Check(name, bool(passed), text, meaning))
+
+    def failed(self) -> list[Check]:
+        return [check for check in self.results if not check.passed]
+
+    def require(self) -> None:
+        """Raises CheckFailed, naming every check that does not hold."""
+        if failed := self.failed():
+            lines = "\n".join(f"  {c.name}: measured {c.measured}; it should be that {c.meaning}" for c in failed)
+            raise CheckFailed(f"the run's first iteration fails {len(failed)} of {len(self.results)} self-checks:\n{lines}")
+
+
+def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> None:
+    """Checks on the first iteration's scored and credited experience, before any update."""
+    mask = experience.mask.bool()
+    tolerance = ROLLOUT_TOLERANCE[config.precision]
+    difference = (experience.sampled_logprobs - experience.logprobs)[mask].abs().max()
+    checks.expect(
+        "rollout log-probs",
+        difference <= tolerance,
+        difference,
+        f"sampling and scoring see the same policy (temperature, positions, mask), within {tolerance} nats a token",
+    )
+    if experience.reference_logprobs is not None and config.roles.reference in (None, config.roles.actor):
+        distance = (experience.logprobs - experience.reference_logprobs)[mask].abs().max()
+        checks.expect("KL at step 0", distance == 0, distance, "the actor starts as the reference: max |log ratio| is exactly 0")
+    outside = sum(float(x[~mask].abs().sum()) for x in _per_token(experience))
+    checks.expect("outside the mask", outside == 0, outside, "rewards, values, advantages and returns are 0 where no reply token is")
+    if config.ppo.whiten:
+        assert experience.advantages is not None
+        moments = Moments.of(experience.advantages, experience.mask)
+        good = abs(moments.mean) < 1e-5 and abs(moments.std - 1) < 1e-3
+        measured = f"mean {moments.mean:.1e}, std {moments.std:.4f}"
+        checks.expect("whitening", good, measured, "advantages of all replies together have mean 0 and deviation 1")
+
+
+def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:
+    """Checks on the first forward of the first update, which sees the weights the rollouts were scored with."""
+    largest, clipped = stats["policy/max_abs_log_ratio"], stats["policy/clip_fraction"]
+    checks.expect("first ratio", largest == 0, largest, "max |log ratio| of the first minibatch is exactly 0")
+    checks.expect("first clip fraction", clipped == 0, clipped, "nothing is clipped in the first minibatch")
+
+
+def _per_token(experience: Experience) -> list[Tensor]:
+    found = (experience.rewards, experience.values, experience.advantages, experience.returns)
+    return [x for x in found if x is not None]

@@ -1,0 +1,74 @@
+"""The optimizer and its schedule: AdamW by role, learning rates as a function of how much of the run is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
+
+EXTRA_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of one parameter."""
+
+
+def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the trained weights; in PPO the critic's (and the value head's) have a learning rate of their own.
+
+    Biases and norms decay like the rest: with the small decays of fine-tuning it makes no measurable difference, and one rule is
+    easier to reason about.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = "actor" if name.split(".")[0] == "actor" else "critic"
+        lr = config.critic_lr if isinstance(config, PpoOptimizer) and role == "critic" else config.lr
+        group = groups.setdefault(role, {"role": role, "params": [], "names": [], "peak": lr, "lr": lr})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return torch.optim.AdamW(
+        list(groups.values()), betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, foreach=True
+    )
+
+
+def schedule_factor(schedule: Schedule, before: float, after: float) -> float:
+    """Learning rate as a part of its peak, for a step that takes the run from `before` to `after` (parts of the whole).
+
+    The warm-up looks at where the step ends, so that the first is not wasted at 0; the decay at where it starts, so that the
+    first after the warm-up has the peak. `final` is reached as the run ends.
+    """
+    if after < schedule.warmup:
+        return after / schedule.warmup
+    done = max(0.0, before - schedule.warmup) / (1 - schedule.warmup)
+    left = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+    }[schedule.decay]
+    return schedule.final + (1 - schedule.final) * left if schedule.decay != "constant" else 1.0
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by `parameter.state` names, ready for safetensors."""
+    return {
+        f"{name}.{key}": optimizer.state[parameter][key]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter in optimizer.state
+        for key in EXTRA_STATE
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts saved state back, in place of any there is."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if f"{name}.step" not in tensors:
+                continue
+            state = {key: tensors[f"{name}.{key}"].clone() for key in EXTRA_STATE}
+            on_device = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
+            optimizer.state[parameter] = on_device | {"step": state["step"]}

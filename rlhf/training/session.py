@@ -1,0 +1,325 @@
+"""The verbs every stage shares: open a run, prepare a model, accumulate, step, check, report, save, resume, finish.
+
+A stage owns its loop; this file owns what must be the same in all of them. Nothing here knows what is being trained.
+Randomness and data order are functions of (seed, stage, purpose, step), so a training checkpoint is weights, optimizer state
+and a few counters, and a resumed run is equal to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config.schema import Optimizer, Schedule, Stage
+from rlhf.data.order import seed_of
+from rlhf.data.templates import tokenizer_digests
+from rlhf.errors import CheckFailed, ConfigError, DataError, Preempted
+from rlhf.report.console import Console
+from rlhf.report.records import Records
+from rlhf.report.stats import Stats
+from rlhf.runs.lineage import inputs_of, state_of
+from rlhf.runs.lock import run_lock
+from rlhf.runs.manifest import MANIFEST, finish, new_manifest, read_json, versions, write_json, write_status
+from rlhf.training import checkpoint
+from rlhf.training.accumulation import MicroBatch, micro_batches
+from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from rlhf.training.signals import StopRequest
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that waits longer for another gives up. Rollouts and scoring stand outside every collective."""
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Training:
+    """One run of one stage in one process. Made by `open_training`."""
+
+    def __init__(self, stage: str, config: Stage, accelerator: Accelerator, console: Console, stop: StopRequest) -> None:
+        self.stage, self.config, self.accelerator, self.console, self.stop = stage, config, accelerator, console, stop
+        self.run = Path(config.output)
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
+        self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
+        self.manifest: dict[str, Any] = {}
+        self.states: dict[str, Stateful] = {}
+        self.result: dict[str, Any] = {}
+        self.stats = Stats()
+        self.step_done, self.tokens_done = 0, 0.0
+        self._times: dict[str, float] = {}
+
+    # ---- what takes part ---------------------------------------------------------------------------------------------
+
+    def remember(self, **states: Stateful) -> None:
+        """State beside weights and optimizer that a checkpoint must hold; called before `prepare`."""
+        self.states |= states
+
+    def prepare(self, policy: nn.Module, optimizer: Optimizer, schedule: Schedule, length: int) -> nn.Module:
+        """Restores the latest checkpoint, if any, and hands model and optimizer to the engine.
+
+        Args:
+            length: the run's length in the schedule's steps, or in tokens if that is its unit.
+        """
+        self.schedule, self.length, self.max_grad_norm = schedule, length, optimizer.max_grad_norm
+        self.policy, self.optimizer = policy.to(self.device), open_optimizer(policy, optimizer)
+        self._resume()
+        self.model, self.prepared_optimizer = self.accelerator.prepare(self.policy, self.optimizer)
+        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in self.policy.parameters())
+        self.note(f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device} in {self.config.precision}")
+        return self.model
+
+    def prepare_frozen(self, model: nn.Module) -> None:
+        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it."""
+        self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The plain module with whole weights, for a rollout."""
+        with self.accelerator.autocast():
+            yield self.accelerator.unwrap_model(model)
+
+    def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.manifest |= tokenizer_digests(tokenizer)
+        if self.is_main:
+            write_json(self.run / MANIFEST, self.manifest)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the run stands to its end; between them the run is saved, and stopped if asked."""
+        while self.progress() < 1:
+            step = self.step_done
+            self._reseed(step)
+            self._started, self._times, self.stats = time.monotonic(), {}, Stats()
+            yield step
+            self.step_done = step + 1
+            signal_number = self._agree_to_stop()
+            every = self.config.checkpoint.every
+            if signal_number or (every and self.step_done % every == 0):
+                self.save()
+            if signal_number:
+                raise Preempted(signal_number)
+
+    def progress(self) -> float:
+        """Part of the run that is done."""
+        return (self.tokens_done if self.schedule.unit == "tokens" else self.step_done) / self.length
+
+    def accumulate(self, items: Sequence[Any], size: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches; gradients are exchanged with the last one only."""
+        micros = micro_batches(items, size, self.rank, self.world_size)
+        for micro in micros[:-1]:
+            with self.accelerator.no_sync(self.model):
+                yield micro
+        yield micros[-1]
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this rank's part of a loss already divided by its global count.
+
+        The engines average gradients over ranks; the loss is a sum over them, hence the factor.
+        """
+        self.accelerator.backward(loss * self.world_size)
+
+    def optimizer_step(self, tokens: float = 0.0, frozen_roles: Sequence[str] = ()) -> None:
+        """One optimizer step. `tokens` advances a schedule counted in tokens; `frozen_roles` keep their weights to the bit.
+
+        Raises:
+            CheckFailed: the gradient is not finite; the weights are as they were.
+        """
+        before = self.progress()
+        self.tokens_done += tokens
+        after = before + 1 / self.length if self.schedule.unit != "tokens" else self.progress()
+        factor = schedule_factor(self.schedule, before, min(after, 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0 if group["role"] in frozen_roles else group["peak"] * factor
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = float(norm) if norm is not None else 0.0
+        if norm != norm or norm == float("inf"):
+            raise CheckFailed(f"step {self.step_done}: the gradient norm is {norm}; the weights were not touched")
+        self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad()
+        self.stats.add("optimizer/grad_norm", norm)
+        self.stats.put({"optimizer/lr": self.optimizer.param_groups[0]["lr"]})
+
+    # ---- between ranks -----------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in their order."""
+        return gather_object([value]) if self.world_size > 1 else [value]
+
+    def total(self, value: float) -> float:
+        return float(sum(self.gather(float(value))))
+
+    # ---- randomness --------------------------------------------------------------------------------------------------
+
+    def seed(self, *purpose: object) -> int:
+        return seed_of(self.config.seed, self.stage, *purpose)
+
+    def _reseed(self, step: int) -> None:
+        """What still draws from global generators (LoRA dropout) follows from the step as well."""
+        seed = self.seed("step", step, self.rank)
+        random.seed(seed)
+        torch.manual_seed(seed)
+
+    # ---- report ------------------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        self.console.note(text)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._times[f"time/{name}_s"] = self._times.get(f"time/{name}_s", 0.0) + time.monotonic() - start
+
+    def reduce(self, stats: Stats) -> dict[str, float]:
+        """Means over all ranks."""
+        return Stats.merged(self.gather(stats.plain())).means()
+
+    def report(self, step: int, tokens: float, show: Sequence[str]) -> dict[str, float]:
+        """Writes the step's metrics line; `tokens` is how many this step handled over all ranks."""
+        values = self.reduce(self.stats)
+        times = self._times | {"time/step_s": time.monotonic() - self._started}
+        if self.is_main:
+            self.metrics.append(step + 1, values | {"tokens": tokens} | {name: round(t, 6) for name, t in times.items()})
+            self.accelerator.log(values, step=step + 1)
+            after = self.progress() if self.schedule.unit == "tokens" else (step + 1) / self.length
+            self.console.step(step + 1, min(after, 1.0), tokens, {name.split("/")[-1]: values[name] for name in show if name in values})
+        return values
+
+    def record_evaluation(self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Writes a metrics line of its own, and samples: an evaluation of the weights after `step` steps."""
+        if self.is_main:
+            self.metrics.append_once(step, dict(values))
+            for sample in samples:
+                self.samples.append_once(step, sample)
+            self.accelerator.log(dict(values), step=step)
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Commits a training checkpoint of the steps done so far."""
+        if self.is_main:
+            weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+            tensors = {"model": weights, "optimizer": optimizer_tensors(self.optimizer)}
+            own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
+            state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
+            checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        root = self.run / "checkpoints"
+        found = checkpoint.latest(root, self.note) if self.is_main else None
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            found = checkpoint.latest(root, self.note)
+        if self.is_main:
+            for records in (self.metrics, self.samples):
+                records.cut(found.step if found else -1)
+        if found is None:
+            return
+        weights, state = found.tensors("model"), found.state()
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        if set(weights) != set(trained):
+            raise DataError(f"{found.directory}: holds other weights than this config trains; choose another --output")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        restore_optimizer(self.optimizer, found.tensors("optimizer"))
+        own = state["training"]
+        self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
+        for name, value in self.states.items():
+            value.load_state_dict(state[name])
+        self.note(f"goes on from {found.directory}, the newest checkpoint that verifies ({self.step_done} steps done)")
+
+    def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:
+        """Marks the run done; `outputs` are what later stages read."""
+        self.console.close()
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            finish(self.run, self.manifest, dict(result), outputs)
+        self.accelerator.end_training()
+
+    def _agree_to_stop(self) -> int:
+        return max(self.gather(self.stop.pending()))
+
+
+@contextmanager
+def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
+    """Opens the run directory and the process group; whatever happens inside ends up in status.json.
+
+    Raises:
+        SystemExit: the run is finished already (code 0).
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    accelerator = _accelerator(config)
+    with ExitStack() as stack:
+        console = Console(stage, speak=accelerator.is_main_process)
+        stack.callback(console.close)
+        stop = StopRequest(config.max_hours)
+        stack.callback(stop.restore)
+        train = Training(stage, config, accelerator, console, stop)
+        if train.is_main:
+            stack.enter_context(run_lock(train.run))
+            if state_of(train.run, stage, config, train.world_size, torch.get_num_threads(), allow_inexact_resume) == "done":
+                console.note(f"{train.run} is finished already")
+                raise SystemExit(0)
+            inputs = inputs_of(stage, config)
+            resolved = config.model_dump(mode="json")
+            train.manifest = new_manifest(
+                stage, resolved, sys.argv, config.seed, train.world_size, torch.get_num_threads(), inputs, versions()
+            )
+            if (train.run / MANIFEST).exists():
+                train.manifest["started"] = read_json(train.run / MANIFEST)["started"]
+                train.manifest["inexact_resume"] = allow_inexact_resume
+            write_json(train.run / MANIFEST, train.manifest)
+            write_status(train.run, "running")
+        accelerator.wait_for_everyone()
+        if config.report.trackers:
+            accelerator.init_trackers(stage)
+        try:
+            yield train
+        except BaseException as error:
+            if train.is_main:
+                code = getattr(error, "exit_code", 70)
+                state = "preempted" if isinstance(error, Preempted) else "failed"
+                write_status(train.run, state, reason=str(error).split("\n")[0] or type(error).__name__, exit_code=code)
+            raise
+
+
+def _accelerator(config: Stage) -> Accelerator:
+    precision = "bf16" if config.precision == "bf16" else "no"
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise ConfigError(f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=list(config.report.trackers) or None,
+        project_dir=config.output,
+        kwargs_handlers=[
+            # Rotary tables are buffers and never change; broadcasting them would make every forward a collective.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE", accelerator.num_processes))
+    if accelerator.num_processes != expected:
+        raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
+    return accelerator

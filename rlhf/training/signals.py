@@ -1,0 +1,33 @@
+"""Signals ask a run to stop at its next step boundary; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """`number` is the signal that came, 0 while there is none; running out of time counts as SIGTERM."""
+
+    def __init__(self, max_hours: float | None) -> None:
+        self.number = 0
+        self.deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
+        self.before = {number: signal.signal(number, self._handle) for number in HANDLED}
+
+    def pending(self) -> int:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return self.number or signal.SIGTERM
+        return self.number
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number

@@ -1,0 +1,221 @@
+"""Stage 3, PPO: improve the policy against a reward, without leaving it.
+
+    rlhf ppo --config ppo --actor runs/sft --reward runs/rm --data FILE
+    rlhf ppo --unit-test
+    accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
+
+Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
+        reward) or a function as reward; rows of prompts.
+Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
+
+One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
+
+    1. roll out   y ~ pi_old(.|x)
+    2. score      log pi_old, log pi_ref and V_old of every token; one score a reply
+    3. credit     r_t = -beta KL_t, and the score on the last token; A = GAE(r, V_old), R = A + V_old
+    4. update     `epochs` passes over minibatches of the clipped losses
+    5. report
+
+Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free estimators, which are pages of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rlhf.config.parse import Invocation
+from rlhf.config.schema import PpoConfig
+from rlhf.data.examples import PromptExample, prompt_examples
+from rlhf.data.order import batch_indices, seed_of, share, shuffled, steps_in
+from rlhf.data.templates import Template
+from rlhf.functional.kl import AdaptiveKl, FixedKl
+from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.ppo import policy_loss, value_loss
+from rlhf.models.roles import open_ppo
+from rlhf.models.save import critic_of, save_model
+from rlhf.report.stats import Stats
+from rlhf.rollout.credit import RunningScores, credit
+from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.evaluate import evaluate
+from rlhf.rollout.experience import Experience, concatenate
+from rlhf.rollout.rewards import open_reward
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.scoring import score
+from rlhf.training import invariants
+from rlhf.training.accumulation import chunks
+from rlhf.training.entry import run_stage
+from rlhf.training.session import Training, open_training
+
+SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
+
+
+def main(invocation: Invocation) -> None:
+    if invocation.unit_test:
+        from rlhf.training.unit_test import unit_test  # its probes are of no use to a real run
+
+        unit_test(invocation.config, ppo, invocation.as_json)
+    else:
+        ppo(invocation.config, invocation.allow_inexact_resume)
+
+
+def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants.Probe | None = None) -> None:
+    """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
+    with open_training("ppo", config, allow_inexact_resume) as train:
+        # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        roles = open_ppo(config)
+        train.record_tokenizer(roles.tokenizer)
+        pad_id = roles.tokenizer.pad_token_id
+        for frozen in filter(None, (roles.reference, roles.reward)):
+            train.prepare_frozen(frozen.model)
+        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size)
+        template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        prompts = read(train, config, config.data.train, template)
+        held_out = read(train, config, config.data.eval, template)[: config.data.eval_limit] if config.data.eval else []
+
+        running, kl = RunningScores(), open_kl(config)
+        train.remember(running=running, kl=kl)
+        schedule, batch_size = config.schedule, config.rollout.batch_size
+        epochs = schedule.length if schedule.unit == "epochs" else None
+        length = steps_in(schedule.length, batch_size, len(prompts)) if epochs else schedule.length
+        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+        engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size)
+        engine.sync(policy, version=train.step_done)
+
+        def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
+            """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
+            minis = chunks(range(len(asked)), config.ppo.minibatch_size)
+            micros = [micro for mini in minis for micro in chunks(share(mini, train.rank, train.world_size), config.micro_batch_size)]
+            mine = [row for micro in micros for row in micro]
+            with train.phase("rollout"):
+                samples = engine.generate([asked[row].ids for row in mine], sampling, [seeds[row] for row in mine])
+            with train.phase("score"):
+                texts, local = [asked[row].text for row in mine], {row: index for index, row in enumerate(mine)}
+                places = [[local[row] for row in micro] for micro in micros]
+                temperature = sampling.temperature or 1.0  # greedy evaluation is scored as the policy itself
+                scored = score(samples, texts, places, policy, roles.reference, reward, temperature, pad_id)
+            parts = train.gather((mine, scored))
+            return concatenate([part for _, part in parts], [row for rows, _ in parts for row in rows])
+
+        def evaluation(step: int) -> dict[str, float]:
+            seeds = [train.seed("evaluation", prompt.index) for prompt in held_out]
+            experience = collect(held_out, seeds, Sampling(config.rollout.max_new_tokens, config.eval.temperature))
+            texts = [prompt.text for prompt in held_out]
+            metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
+            train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
+            return metrics
+
+        # -- the loop ------------------------------------------------------------------------------------------------
+        for step in train.steps():
+            if held_out and step == 0:
+                train.result["before"] = evaluation(0)
+            checks = invariants.Checks()
+
+            # 1, 2: what the old policy did, and how good it was
+            indices = batch_indices(step, batch_size, len(prompts), train.seed("data"), epochs)
+            asked = [prompts[index] for index in indices for _ in range(config.rollout.samples_per_prompt)]
+            experience = collect(asked, row_seeds(train.seed("rollout", step), asked), sampling_of(config))
+
+            # 3: which token gets how much of it
+            experience, stats = credit(experience, config, kl.coef, running)
+            train.stats.put(stats)
+            if step == 0:
+                invariants.first_scores(checks, experience, config)
+                if probe is not None:
+                    probe(checks, train, roles, policy, experience)
+
+            # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
+            warming_up = step < config.ppo.critic_warmup
+            with train.phase("update"):
+                for count, minibatch in enumerate(minibatches(config, train.seed("update", step), len(experience))):
+                    tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
+                    for micro in train.accumulate(minibatch, config.micro_batch_size):
+                        part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
+                        loss = ppo_loss(policy, part, config, pad_id, train.device, stats_here, warming_up)
+                        train.backward(loss / tokens)
+                    if step == count == 0:
+                        invariants.first_minibatch(checks, train.reduce(stats_here))
+                        checks.require()
+                    train.optimizer_step(frozen_roles=("actor",) if warming_up else ())
+                    train.stats.absorb(stats_here)
+                    if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
+                        break
+
+            # 5
+            if roles.reference is not None:
+                kl.update(stats["kl/sequence"], len(experience))
+            engine.sync(policy, version=step + 1)
+            train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
+                evaluation(step + 1)
+
+        # -- the result ----------------------------------------------------------------------------------------------
+        if held_out:
+            train.result["after"] = evaluation(train.step_done)
+        if train.is_main:
+            save_model(critic_of(roles.policy), train.run / "critic", roles.tokenizer, merge=config.lora.merge)
+            save_model(roles.policy.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
+        train.finish(train.result, ["model", "critic"])
+
+
+def read(train: Training, config: PpoConfig, path: str, template: Template) -> list[PromptExample]:
+    found = prompt_examples(path, config.data, template)
+    for note in [f"{path}: {len(found.items)} prompts", *found.notes]:
+        train.note(note)
+    return found.items
+
+
+def open_kl(config: PpoConfig) -> FixedKl | AdaptiveKl:
+    adaptive = config.kl.controller == "adaptive"
+    return AdaptiveKl(config.kl.coef, config.kl.target, config.kl.horizon) if adaptive else FixedKl(config.kl.coef)
+
+
+def sampling_of(config: PpoConfig) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
+
+
+def row_seeds(seed: int, asked: Sequence[PromptExample]) -> list[int]:
+    """One seed a reply, from its prompt and how often that prompt came before it in the iteration."""
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in asked:
+        seeds.append(seed_of(seed, prompt.index, seen[prompt.index]))
+        seen[prompt.index] += 1
+    return seeds
+
+
+def minibatches(config: PpoConfig, seed: int, count: int) -> Iterator[list[int]]:
+    """Rows of each optimizer step: every reply once an epoch, in a new order from the second epoch on."""
+    for epoch in range(config.ppo.epochs):
+        order = shuffled(count, seed_of(seed, epoch)) if epoch else range(count)
+        yield from chunks(order, config.ppo.minibatch_size)
+
+
+def ppo_loss(
+    policy, part: Experience, config: PpoConfig, pad_id: int, device: torch.device, stats: Stats, warming_up: bool
+) -> torch.Tensor:
+    """Policy and value loss of a micro-batch, summed over its tokens; statistics go into `stats`."""
+    batch = part.batch(pad_id).to(device)
+    tokens, mask, old, advantages, old_values, returns = (
+        x.to(device) for x in (part.tokens, part.mask, part.logprobs, part.advantages, part.values, part.returns)
+    )
+    output = policy(batch)
+    logprobs = token_logprobs(output.logits[:, :-1], tokens, config.rollout.temperature)
+    of_policy, policy_stats = policy_loss(logprobs, old, advantages, mask, config.ppo.clip)
+    of_value, value_stats = value_loss(output.values[:, :-1], old_values, returns, mask, config.ppo.value_clip)
+    count = mask.sum()
+    stats.maximum("policy/max_abs_log_ratio", policy_stats.pop("max_abs_log_ratio"))
+    named = {"policy/loss": of_policy.detach(), "value/loss": of_value.detach()}
+    named |= {f"policy/{name}": value for name, value in policy_stats.items()}
+    named |= {f"value/{name}": value for name, value in value_stats.items()}
+    for name, value in named.items():
+        stats.add(name, value, count)
+    # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.
+    return (0.0 if warming_up else 1.0) * of_policy + config.ppo.value_coef * of_value
+
+
+if __name__ == "__main__":
+    run_stage("ppo", main)

@@ -1,0 +1,120 @@
+"""Stage 2, the reward model: learn which of two replies people prefer.
+
+    rlhf rm --config rm --model runs/sft --data FILE
+    accelerate launch --config_file configs/launch/ddp.yaml stages/rm.py --config configs/rm.yaml
+
+Reads   a language model for the trunk (usually the SFT run), or a reward model to go on with; rows of prompt, chosen, rejected.
+Writes  model/ (a sequence classification model with one label)  metrics.jsonl  run.json
+
+One step: both replies of every pair in one forward, the score read at each one's last real token, -log sigmoid(difference)
+averaged over the pairs of all ranks (Bradley and Terry 1952; Stiennon et al. 2020). Held-out accuracy comes with its 95%
+interval and beside what "the longer reply wins" would get. Left out: margins, several replies a prompt, centring.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.config.parse import Invocation
+from rlhf.config.schema import RmConfig
+from rlhf.data.collate import pair_batch
+from rlhf.data.examples import PairExample, pair_examples
+from rlhf.data.order import batch_indices, steps_in
+from rlhf.data.templates import Template
+from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
+from rlhf.models.roles import open_rm, read_last
+from rlhf.models.save import save_model
+from rlhf.report.stats import Stats
+from rlhf.training.entry import run_stage
+from rlhf.training.session import Training, open_training
+
+SHOW = ("loss", "accuracy", "optimizer/lr")
+
+
+def main(invocation: Invocation) -> None:
+    config: RmConfig = invocation.config
+    with open_training("rm", config, invocation.allow_inexact_resume) as train:
+        # -- who takes part, and what is learned from ----------------------------------------------------------------
+        roles = open_rm(config)
+        train.record_tokenizer(roles.tokenizer)
+        template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        pairs = read(train, config, config.data.train, template)
+        held_out = read(train, config, config.data.eval, template) if config.data.eval else []
+        pad_id = roles.tokenizer.pad_token_id
+
+        schedule = config.schedule
+        epochs = schedule.length if schedule.unit == "epochs" else None
+        length = steps_in(schedule.length, config.batch_size, len(pairs)) if epochs else schedule.length
+        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+
+        # -- the loop ------------------------------------------------------------------------------------------------
+        for step in train.steps():
+            indices = batch_indices(step, config.batch_size, len(pairs), train.seed("data"), epochs)
+            batch = sorted((pairs[index] for index in indices), key=len)
+            tokens = sum(map(tokens_of, batch))
+
+            for micro in train.accumulate(batch, config.micro_batch_size):
+                chosen, rejected = scores(policy, micro.items, pad_id, train.device)
+                loss = bradley_terry_loss(chosen, rejected).sum()
+                train.backward(micro.weight * loss / len(batch))
+                add_statistics(train.stats, micro.weight, chosen.detach(), rejected.detach(), "")
+            train.optimizer_step(tokens)
+
+            train.report(step, tokens, SHOW)
+            if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
+                evaluate(train, config, policy, held_out, pad_id, step + 1)
+
+        # -- the result ----------------------------------------------------------------------------------------------
+        result = evaluate(train, config, policy, held_out, pad_id, train.step_done) if held_out else {}
+        if train.is_main:
+            save_model(roles.policy.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
+        train.finish(result, ["model"])
+
+
+def read(train: Training, config: RmConfig, path: str, template: Template) -> list[PairExample]:
+    found = pair_examples(path, config.data, template)
+    for note in [f"{path}: {len(found.items)} pairs", *found.notes]:
+        train.note(note)
+    return found.items
+
+
+def tokens_of(pair: PairExample) -> int:
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def scores(policy, pairs: list[PairExample], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen, rejected), each (pairs,)."""
+    batch = pair_batch(pairs, pad_id).to(device)
+    both = read_last(policy(batch, roles=("critic",)).values, batch.attention_mask)
+    return both[: len(pairs)], both[len(pairs) :]
+
+
+def add_statistics(stats: Stats, weight: float, chosen: torch.Tensor, rejected: torch.Tensor, prefix: str) -> None:
+    pairs = weight * len(chosen)
+    stats.add(f"{prefix}loss", weight * bradley_terry_loss(chosen, rejected).sum(), pairs)
+    stats.add(f"{prefix}accuracy", weight * accuracy(chosen, rejected).sum(), pairs)
+    stats.add(f"{prefix}margin", weight * (chosen - rejected).sum(), pairs)
+    stats.add(f"{prefix}score", weight * (chosen + rejected).sum() / 2, pairs)
+
+
+@torch.no_grad()
+def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample], pad_id: int, step: int) -> dict[str, float]:
+    """Held-out accuracy with its 95% interval, beside the rule that the longer reply is the better one."""
+    stats = Stats()
+    for micro in train.accumulate(sorted(pairs, key=len), config.micro_batch_size):
+        add_statistics(stats, micro.weight, *scores(policy, micro.items, pad_id, train.device), "eval/")
+    values = train.reduce(stats)
+    low, high = wilson_interval(values["eval/accuracy"] * len(pairs), len(pairs))
+    longer = [0.5 * (len(p.chosen) == len(p.rejected)) + (len(p.chosen) > len(p.rejected)) for p in pairs]
+    values |= {"eval/accuracy_low": low, "eval/accuracy_high": high, "eval/pairs": len(pairs)}
+    values["eval/longer_wins"] = sum(longer) / len(pairs)
+    train.record_evaluation(step, values)
+    train.note(
+        f"held-out accuracy {values['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}, {len(pairs)} pairs); "
+        f"taking the longer reply gets {values['eval/longer_wins']:.3f}"
+    )
+    return values
+
+
+if __name__ == "__main__":
+    run_stage("rm", main)

@@ -1,0 +1,113 @@
+"""Stage 1, supervised fine-tuning: teach a pre-trained model to answer as the demonstrations do.
+
+    rlhf sft --config sft --model DIR --data FILE
+    accelerate launch --config_file configs/launch/ddp.yaml stages/sft.py --config configs/sft.yaml
+
+Reads   a language model; rows of messages, prompt/response or plain text.
+Writes  model/  metrics.jsonl  run.json
+
+One step: take the next global batch, forward, sum -log p over the trained tokens of all ranks, divide by their number, step.
+With `loss_on: all` and plain text this is continued pre-training. Left out: dropout (off in every stage), and mixing of
+several data sets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlhf.config.parse import Invocation
+from rlhf.config.schema import SftConfig
+from rlhf.data.collate import pack, packed_batch, sft_batch
+from rlhf.data.examples import SftExample, sft_examples
+from rlhf.data.order import batch_indices, steps_in
+from rlhf.data.templates import Template
+from rlhf.functional.sft import sft_loss
+from rlhf.models.roles import open_sft
+from rlhf.models.save import save_model
+from rlhf.report.stats import Stats
+from rlhf.training.entry import run_stage
+from rlhf.training.session import Training, open_training
+
+SHOW = ("loss", "optimizer/lr")
+
+
+def main(invocation: Invocation) -> None:
+    config: SftConfig = invocation.config
+    with open_training("sft", config, invocation.allow_inexact_resume) as train:
+        # -- who takes part, and what is learned from ----------------------------------------------------------------
+        roles = open_sft(config)
+        train.record_tokenizer(roles.tokenizer)
+        template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        examples = read(train, config, config.data.train, template)
+        held_out = read(train, config, config.data.eval, template) if config.data.eval else []
+        collate = packed_batch if config.data.packing else sft_batch
+        pad_id = roles.tokenizer.pad_token_id
+
+        schedule = config.schedule
+        epochs = schedule.length if schedule.unit == "epochs" else None
+        length = steps_in(schedule.length, config.batch_size, len(examples)) if epochs else schedule.length
+        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+
+        # -- the loop ------------------------------------------------------------------------------------------------
+        for step in train.steps():
+            indices = batch_indices(step, config.batch_size, len(examples), train.seed("data"), epochs)
+            batch = sorted((examples[index] for index in indices), key=size)  # rows of like length share a micro-batch
+            tokens = sum(map(trained_tokens, batch))
+
+            for micro in train.accumulate(batch, config.micro_batch_size):
+                inputs, labels = collate(micro.items, pad_id)
+                output = policy(inputs.to(train.device), roles=("actor",))
+                loss, count = sft_loss(output.logits, labels.to(train.device))
+                train.backward(micro.weight * loss / tokens)
+                train.stats.add("loss", micro.weight * loss.detach(), micro.weight * count)
+            train.optimizer_step(tokens)
+
+            train.report(step, sum(map(size, batch)), SHOW)
+            if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
+                evaluate(train, config, policy, held_out, collate, pad_id, step + 1)
+
+        # -- the result ----------------------------------------------------------------------------------------------
+        result = evaluate(train, config, policy, held_out, collate, pad_id, train.step_done) if held_out else {}
+        if train.is_main:
+            save_model(roles.policy.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
+        train.finish(result, ["model"])
+
+
+def read(train: Training, config: SftConfig, path: str, template: Template) -> list:
+    """Examples, or with packing lists of examples that share a sequence."""
+    found = sft_examples(path, config.data, template)
+    rows = pack(found.items, config.data.max_length) if config.data.packing else found.items
+    packed = f" in {len(rows)} sequences" if config.data.packing else ""
+    for note in [f"{path}: {len(found.items)} rows{packed}, {sum(map(trained_tokens, rows)):,} trained tokens", *found.notes]:
+        train.note(note)
+    return rows
+
+
+def size(row: SftExample | list[SftExample]) -> int:
+    """Tokens of a row."""
+    return sum(map(len, row)) if isinstance(row, list) else len(row)
+
+
+def trained_tokens(row: SftExample | list[SftExample]) -> int:
+    """Tokens that carry loss: of an example all that are trained but the first, which nothing predicts."""
+    return sum(map(trained_tokens, row)) if isinstance(row, list) else sum(row.trained[1:])
+
+
+@torch.no_grad()
+def evaluate(train: Training, config: SftConfig, policy, rows: list, collate, pad_id: int, step: int) -> dict[str, float]:
+    """Mean loss per trained token of held-out rows, and its exponential."""
+    stats = Stats()
+    for micro in train.accumulate(sorted(rows, key=size), config.micro_batch_size):
+        inputs, labels = collate(micro.items, pad_id)
+        loss, count = sft_loss(policy(inputs.to(train.device), roles=("actor",)).logits, labels.to(train.device))
+        stats.add("eval/loss", micro.weight * loss, micro.weight * count)
+    values = train.reduce(stats)
+    values["eval/perplexity"] = math.exp(values["eval/loss"])
+    train.record_evaluation(step, values)
+    return values
+
+
+if __name__ == "__main__":
+    run_stage("sft", main)
