@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # Below this size reading the file costs no more than looking it up.
@@ -82,9 +83,7 @@ def _remember(path: str, entry: dict) -> None:
     newest = dict(list(entries.items())[-REMEMBERED_FILES:])
     target = cache_directory() / "digests.json"
     partial = target.with_name(f".digests-{os.getpid()}")
-    try:
+    with suppress(OSError):  # a home that cannot be written costs time, not correctness
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(newest))
         partial.replace(target)
-    except OSError:  # a home that cannot be written costs time, not correctness
-        partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -124,7 +125,8 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             if step == 0:
                 invariants.first_scores(checks, experience, config)
                 if probe is not None:
-                    probe(checks, train, roles, policy, experience)
+                    loss_of = partial(ppo_loss, policy, config=config, pad_id=pad_id, device=train.device, stats=Stats())
+                    probe(checks, train, roles, policy, experience, loss_of)
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
             warming_up = step < config.ppo.critic_warmup
@@ -195,7 +197,7 @@ def minibatches(config: PpoConfig, seed: int, count: int) -> Iterator[list[int]]
 
 
 def ppo_loss(
-    policy, part: Experience, config: PpoConfig, pad_id: int, device: torch.device, stats: Stats, warming_up: bool
+    policy, part: Experience, config: PpoConfig, pad_id: int, device: torch.device, stats: Stats, warming_up: bool = False
 ) -> torch.Tensor:
     """Policy and value loss of a micro-batch, summed over its tokens; statistics go into `stats`."""
     batch = part.batch(pad_id).to(device)
@@ -208,6 +210,7 @@ def ppo_loss(
     of_value, value_stats = value_loss(output.values[:, :-1], old_values, returns, mask, config.ppo.value_clip)
     count = mask.sum()
     stats.maximum("policy/max_abs_log_ratio", policy_stats.pop("max_abs_log_ratio"))
+    stats.maximum("value/max_abs_change", ((output.values[:, :-1].detach() - old_values) * mask).abs().max())
     named = {"policy/loss": of_policy.detach(), "value/loss": of_value.detach()}
     named |= {f"policy/{name}": value for name, value in policy_stats.items()}
     named |= {f"value/{name}": value for name, value in value_stats.items()}

@@ -166,6 +166,8 @@ def suggestion(section: type[Section], path: Path, other_flags: Sequence[str] | 
     With `other_flags`, those of the command that are no fields, it was given as a flag and the answer is in flags.
     """
     *parents, key = (str(part) for part in path)
+    if dotted(path) in leaves(section):
+        return f"sections nest: write `{key.rpartition('.')[2]}:` under `{key.rpartition('.')[0]}:`"
     parent = at(section, tuple(parents))
     keys = list(parent.section.model_fields) if parent and parent.section else []
     near = [dotted((*parents, close)) for close in get_close_matches(key, keys, n=1)]

@@ -214,7 +214,7 @@ def _advice(field: Field, node: tree.Node) -> str:
         return f"write `[{text}]`"
     if field.form == "integer" and isinstance(_value(field, text), str) and _is_whole(text):
         return f"write `{int(float(text))}`"
-    if near := get_close_matches(text, field.choices, n=1):
+    if near := get_close_matches(text.lower(), field.choices, n=1, cutoff=0.8):
         return f"did you mean `{near[0]}`?"
     if field.required:
         return field.description

@@ -92,6 +92,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         print(help_text(stage))
         sys.exit(0)
     words = _sort(stage, argv)
+    nproc = _process_count(words.own.get("nproc", "1"))
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(
@@ -99,7 +100,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         config=load(STAGES[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
         config_file=file,
         launch=words.own.get("launch", "auto"),
-        nproc=_process_count(words.own.get("nproc", "1")),
+        nproc=nproc,
         dry_run="dry-run" in words.own,
         unit_test="unit-test" in words.own,
         as_json="json" in words.own,
@@ -114,7 +115,7 @@ def _flags(stage: str) -> Iterator[Flag]:
 
 def _process_count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--nproc: given `{text}`, expected a whole number at least 1")
+        raise UsageError(f"--nproc: given `{text}`, expected a whole number, at least 1")
     return int(text)
 
 

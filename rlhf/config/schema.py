@@ -207,10 +207,12 @@ class Reward(Section):
     source: str
     """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), or a Python function: `module:function`
     or `file.py:function`, called with the arguments it names among prompts, responses; it returns one number per reply."""
+    weight: float = 1.0
+    """Scores are multiplied by it; a negative weight turns a reward into a penalty."""
     normalize: Literal["none", "running"] = "none"
     """running: subtract the mean and divide by the deviation of all scores so far."""
     clip: Positive | None = None
-    """Scores are cut to [-clip, clip] after normalising."""
+    """Scores are cut to [-clip, clip] after weighting and normalising."""
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
     """A reply that never ends: its score becomes `missing_eos_value`, is lowered by it, or stays."""
     missing_eos_value: float = -1.0

@@ -44,7 +44,8 @@ def credit(experience: Experience, config: PpoConfig, kl_coef: float, running: R
         "reward/shaped": scores.mean().item(),
         "rollout/length": mask.sum(1).double().mean().item(),
         "rollout/ended": experience.finished.double().mean().item(),
-        "rollout/logprob": masked_mean(experience.logprobs, mask).item(),
+        "rollout/count": float(len(experience)),
+        "policy/entropy": -masked_mean(experience.logprobs, mask).item(),
         "value/mean": masked_mean(experience.values, mask).item(),
         "value/explained_variance": float(explained_variance(experience.values, returns, mask)),
         "advantage/mean": masked_mean(advantages, mask).item(),
@@ -58,8 +59,8 @@ def credit(experience: Experience, config: PpoConfig, kl_coef: float, running: R
 
 
 def shaped_scores(experience: Experience, config: Reward, running: RunningScores) -> Tensor:
-    """(B,) scores after normalising, clipping and the rule for replies that never end, in this order."""
-    scores = experience.scores.to(experience.values.dtype)
+    """(B,) scores after weighting, normalising, clipping and the rule for replies that never end, in this order."""
+    scores = config.weight * experience.scores.to(experience.values.dtype)
     if config.normalize == "running":
         running.moments = running.moments.merge(Moments.of(scores))
         scores = normalize_scores(scores, running.moments)

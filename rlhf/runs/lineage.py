@@ -41,7 +41,7 @@ MACHINE_FIELDS = ("world_size", "threads", "versions.torch", "versions.transform
 
 @dataclass(frozen=True)
 class Node:
-    """One input in a run's ancestry: the name it was read under, where it is, the stage that made it, if it is the same."""
+    """One input in a run's ancestry: the name it was read under, where it is, who made it, whether it is the same."""
 
     name: str
     path: str

@@ -23,7 +23,7 @@ ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
 
 
 Probe = Callable[..., None]
-"""(checks, training, roles, policy, experience): more checks, for those who ask for them (unit_test.py)"""
+"""(checks, training, roles, policy, experience, loss of some experience): more checks, for who asks (unit_test.py)"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:
     """Checks on the first forward of the first update, which sees the weights the rollouts were scored with."""
     largest, clipped = stats["policy/max_abs_log_ratio"], stats["policy/clip_fraction"]
     checks.expect("first ratio", largest == 0, largest, "max |log ratio| of the first minibatch is exactly 0")
+    moved = stats["value/max_abs_change"]
+    checks.expect("first values", moved == 0, moved, "the critic reads the same positions in scoring and update: values are equal")
     checks.expect("first clip fraction", clipped == 0, clipped, "nothing is clipped in the first minibatch")
 
 

@@ -1,0 +1,218 @@
+"""The command line of a stage: its own flags, the schema's fields, what is handed on, and `--help`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import paths
+from rlhf.config import help_text, parse
+from rlhf.config.schema import SHORT_FLAGS, STAGES
+from rlhf.errors import ConfigError, UsageError
+
+REQUIRED = ["--output", "runs/ppo", "--actor", "sft", "--data", "prompts.jsonl", "--reward", "rm"]
+
+
+@pytest.fixture(autouse=True)
+def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a wide terminal the boxes of the help stand side by side."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_everything_from_flags() -> None:
+    invocation = parse("ppo", REQUIRED)
+    assert (invocation.stage, invocation.config_file) == ("ppo", None)
+    assert (invocation.launch, invocation.nproc) == ("auto", 1)
+    assert not any((invocation.dry_run, invocation.unit_test, invocation.as_json, invocation.allow_inexact_resume))
+    config = invocation.config
+    assert (config.output, config.roles.actor, config.data.train) == ("runs/ppo", "sft", "prompts.jsonl")
+    assert config.reward.source == "rm"
+
+
+def test_names_take_dashes_or_underscores_and_values_a_space_or_an_equals_sign() -> None:
+    spelled = [
+        "--rollout.max-new-tokens",
+        "16",
+        "--rollout.top_k=5",
+        "--max-hours=1e-1",
+        "--reward.missing_eos-value=-2",
+    ]
+    config = parse("ppo", [*REQUIRED, *spelled, "--reward.clip", "3", "--dry_run"]).config
+    assert (config.rollout.max_new_tokens, config.rollout.top_k, config.max_hours) == (16, 5, 0.1)
+    assert (config.reward.missing_eos_value, config.reward.clip) == (-2.0, 3.0)
+    assert parse("ppo", [*REQUIRED, "--reward.missing_eos_value", "-2"]).config.reward.missing_eos_value == -2.0
+    assert parse("ppo", [*REQUIRED, "--kl.coef", "0", "--roles.reference=--odd"]).config.roles.reference == "--odd"
+
+
+def test_a_boolean_alone_is_true() -> None:
+    argv = ["--lora.merge", "--gradient-checkpointing", "--ppo.whiten", "false"]
+    config = parse("ppo", [*REQUIRED, *argv]).config
+    assert (config.lora.merge, config.gradient_checkpointing, config.ppo.whiten) == (True, True, False)
+    assert parse("ppo", [*REQUIRED, "--lora.merge"]).config.lora.merge is True
+    assert parse("ppo", [*REQUIRED, "--lora.merge=false"]).config.lora.merge is False
+
+
+def test_our_own_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("output: a\nroles: {actor: b}\ndata: {train: c}\nreward: {source: d}\nseed: 1\n", encoding="utf-8")
+    argv = ["--config", str(file), "--launch", "zero2", "--nproc=2", "--dry-run", "--json", "--allow-inexact-resume"]
+    invocation = parse("ppo", [*argv, "--seed", "2"])
+    assert (invocation.config_file, invocation.launch, invocation.nproc) == (file, "zero2", 2)
+    assert invocation.dry_run
+    assert invocation.as_json
+    assert invocation.allow_inexact_resume
+    assert (invocation.config.output, invocation.config.seed) == ("a", 2)
+
+
+def test_the_stage_script_gets_all_but_the_launch_flags_and_parses_them_alike(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("roles: {actor: b}\n", encoding="utf-8")
+    rest = [
+        "--config",
+        str(file),
+        "--output=x",
+        "--data",
+        "c",
+        "--reward",
+        "d",
+        "--lora.merge",
+        "--json",
+        "--ppo.clip=1",
+    ]
+    for_launch = ["--launch", "cpu", "--nproc", "2", "--dry-run"]
+    outer = parse("ppo", [*rest[:3], *for_launch, *rest[3:]])
+    assert outer.arguments == rest
+    inner = parse("ppo", outer.arguments)
+    assert inner.config == outer.config
+    assert inner.arguments == outer.arguments
+
+
+def test_the_unit_test_has_a_config_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "CONFIGS", tmp_path)
+    (tmp_path / "unit-test.yaml").write_text(
+        "output: unit\nroles: {actor: tiny}\ndata: {train: p}\nreward: {source: 'count:a'}\n", encoding="utf-8"
+    )
+    invocation = parse("ppo", ["--unit-test", "--actor", "mine"])
+    assert invocation.unit_test
+    assert invocation.config_file == tmp_path / "unit-test.yaml"
+    assert (invocation.config.output, invocation.config.roles.actor) == ("unit", "mine")
+    assert invocation.arguments == ["--unit-test", "--actor", "mine"]
+    other = tmp_path / "other.yaml"
+    other.write_text("output: o\nroles: {actor: b}\ndata: {train: c}\nreward: {source: d}\n", encoding="utf-8")
+    assert parse("ppo", ["--unit-test", "--config", str(other)]).config_file == other
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["runs/ppo"], "`runs/ppo`: expected a flag"),
+        (["--output", "a", "b"], "`b`: expected a flag"),
+        (["-o", "a"], "`-o`: expected a flag"),
+        (["--"], "`--`: expected a flag"),
+        (["--output"], "--output: the value is missing; expected text"),
+        (["--output", "--seed", "1"], "--output: the value is missing"),
+        (["--ppo.clip"], "--ppo.clip: the value is missing; expected a number, above 0"),
+        (["--config"], "--config: the value is missing; expected NAME|FILE"),
+        (["--dry-run=true"], "--dry-run: takes no value"),
+        (["--nproc", "0"], "--nproc: given `0`, expected a whole number, at least 1"),
+        (["--nproc=two"], "--nproc: given `two`"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
+    ],
+)
+def test_what_is_no_command_line_is_a_usage_mistake(argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse("ppo", argv)
+    assert str(error.value).startswith(message)
+    assert error.value.exit_code == 2
+
+
+def test_mistakes_in_flags_are_collected_with_those_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("output: a\nroles: {actor: b}\ndata: {train: c}\nseed: x\n", encoding="utf-8")
+    argv = ["--config", str(file), "--dryrun", "--ppo.clpi", "1", "--actor", "c", "--roles.actor=d", "--lora.rank=1.5"]
+    with pytest.raises(ConfigError) as error:
+        parse("ppo", argv)
+    lines = str(error.value).replace(f"{tmp_path}/", "").split("\n")
+    assert [line.partition(": ")[0] for line in lines] == [
+        "mine.yaml:1:1",
+        "mine.yaml:4:7",
+        "--dryrun",
+        "--ppo.clpi",
+        "--roles.actor",
+        "--lora.rank",
+    ]
+    assert "did you mean `--dry-run`?" in lines[2]
+    assert "given twice, first as --actor" in lines[4]
+
+
+def test_unit_test_is_for_ppo_alone() -> None:
+    with pytest.raises(ConfigError, match="--unit-test: unknown flag"):
+        parse("sft", ["--output", "o", "--model", "m", "--data", "d", "--unit-test"])
+
+
+def leaves(schema: dict[str, Any], node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and descriptions, out of pydantic's own JSON schema."""
+    for name, field in node["properties"].items():
+        if "$ref" in field:
+            yield from leaves(schema, schema["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+        else:
+            yield prefix + name, field["description"]
+
+
+def without_layout(text: str) -> str:
+    return re.sub(r"[\s│]+", "", text)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_every_field_with_its_description(stage: str) -> None:
+    letters = without_layout(help_text(stage))
+    schema = STAGES[stage].model_json_schema()
+    fields = dict(leaves(schema, schema))
+    assert len(fields) > 30
+    for name, description in fields.items():
+        flag = "--" + name.replace("_", "-")
+        assert re.search(re.escape(flag) + "[^-]*?" + re.escape(without_layout(description)), letters), name
+    for short, long in SHORT_FLAGS.items():
+        assert (f"--{short}TEXT" in letters) == (long in fields), short
+    for own in ("--configNAME|FILE", "--launchNAME|FILE", "--nprocINTEGER", "--dry-run", "--json"):
+        assert own in letters
+    assert ("--unit-test" in letters) == (stage == "ppo")
+
+
+def test_help_shows_range_and_default() -> None:
+    letters = without_layout(help_text("ppo"))
+    for shown in (
+        "--ppo.clip NUMBER Policy ratio clipping range. (above 0; default: 0.2)",
+        "--ppo.gamma NUMBER Discount per token. (from 0 to 1; default: 1.0)",
+        "--precision fp64|fp32|bf16",
+        "--max-hours NUMBER|none",
+        "--data.columns.NAME TEXT",
+        "The run's directory. (required)",
+    ):
+        assert without_layout(shown) in letters
+
+
+def test_help_is_printed_and_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("rm", ["--nonsense", "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: rlhf rm")
+
+
+@pytest.mark.parametrize(("argv", "tyro"), [(REQUIRED, False), (["--help"], True)])
+def test_a_command_line_is_read_without_torch(argv: list[str], tyro: bool) -> None:
+    program = (
+        "import contextlib, sys\n"
+        "from rlhf.config import parse\n"
+        "with contextlib.suppress(SystemExit):\n"
+        f"    parse('ppo', {argv!r})\n"
+        "print('\\nloaded', *sorted({'torch', 'transformers', 'datasets', 'numpy', 'tyro'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1].split() == (["loaded", "tyro"] if tyro else ["loaded"])

@@ -1,0 +1,194 @@
+"""Which command starts a stage, how it ends, and what a signal does, with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import paths
+from rlhf.errors import ConfigError, UsageError
+from rlhf.runs import launch
+from rlhf.runs.lock import run_lock
+from rlhf.runs.manifest import read_status, write_status
+
+CORES = len(os.sched_getaffinity(0))
+LAUNCH_FILES = Path(__file__).resolve().parents[2] / "configs" / "launch"
+
+
+def start(*flags: str) -> tuple[list[str], dict[str, str]]:
+    return launch.command("sft", "cpu", 1, ["--config", "sft.yaml", *flags], threads=1)
+
+
+@pytest.mark.usefixtures("workplace")
+class TestCommand:
+    def test_one_process_on_the_cpu_is_plain_python(self) -> None:
+        argv, env = launch.command("rm", "cpu", 1, ["--config", "a b.yaml"])
+        assert argv == [sys.executable, str(paths.STAGES / "rm.py"), "--config", "a b.yaml"]
+        assert env == {
+            "OMP_NUM_THREADS": str(CORES),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            "RLHF_EXPECTED_WORLD_SIZE": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+
+    def test_several_on_the_cpu_are_started_by_torchrun(self) -> None:
+        argv, env = launch.command("ppo", "cpu", 2, ["--seed", "1"])
+        assert argv[:5] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        assert argv[-3:] == [str(paths.STAGES / "ppo.py"), "--seed", "1"]
+        assert (env["OMP_NUM_THREADS"], env["RLHF_EXPECTED_WORLD_SIZE"]) == (str(max(1, CORES // 2)), "2")
+        assert launch.command("ppo", "cpu", 2, [], threads=7)[1]["OMP_NUM_THREADS"] == "7"
+
+    def test_all_else_is_started_by_accelerate(self, tmp_path: Path) -> None:
+        argv, env = launch.command("sft", "ddp", 4, ["--seed", "1"])
+        file = str(paths.CONFIGS / "launch" / "ddp.yaml")
+        assert argv[1:7] == ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "4"]
+        assert env["RLHF_EXPECTED_WORLD_SIZE"] == "4"
+        (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\n")
+        argv, env = launch.command("sft", str(tmp_path / "own.yaml"), 1, [])
+        assert argv[5:7] == ["--num_processes", "8"]
+        assert env["OMP_NUM_THREADS"] == str(max(1, CORES // 4))
+
+    @pytest.mark.parametrize(
+        ("devices", "nproc", "chosen"), [([], 1, "python"), (["nvidia0"], 1, "gpu"), (["nvidia0", "nvidia1"], 2, "ddp")]
+    )
+    def test_auto(self, devices: list[str], nproc: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Path, "glob", lambda path, pattern: [path / name for name in devices])
+        argv, _ = launch.command("sft", "auto", nproc, [])
+        assert (Path(argv[4]).stem if devices else "python") == chosen
+
+    @pytest.mark.parametrize(
+        ("text", "nproc", "error", "message"),
+        [
+            ("mixed_precision: bf16", 1, ConfigError, "precision belongs to the stage's config"),
+            ("use_cpu: true", 2, UsageError, "use --launch cpu --nproc N"),
+            ("distributed_type: MULTI_CPU", 1, UsageError, "mpirun"),
+            ("distributed_type: 'NO'", 2, UsageError, "--nproc asks for 2; use --launch ddp"),
+        ],
+    )
+    def test_refused_files(self, text: str, nproc: int, error: type[Exception], message: str) -> None:
+        Path("own.yaml").write_text(text)
+        with pytest.raises(error, match=rf"own\.yaml: .*{message}"):
+            launch.command("sft", "own.yaml", nproc, [])
+
+    def test_an_unknown_name_lists_the_known(self) -> None:
+        with pytest.raises(UsageError, match="there are auto, cpu, ddp, gpu"):
+            launch.command("sft", "tpu", 1, [])
+
+    def test_the_printed_command_can_be_pasted(self) -> None:
+        show = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['WORD']]))"
+        text = launch.printable([sys.executable, "-c", show, "a b", "$HOME", "it's"], {"WORD": "x y"})
+        done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == [["a b", "$HOME", "it's"], "x y"]
+        assert shlex.split(text)[0] == "WORD=x y"
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_our_launch_files_leave_precision_alone(file: Path) -> None:
+    assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
+
+
+def finish(run: str = "sft") -> tuple[str, str, int]:
+    status = read_status(Path(run))
+    assert status is not None
+    return status["state"], status["reason"], status["exit_code"]
+
+
+@pytest.mark.usefixtures("workplace")
+class TestEnd:
+    def test_done(self) -> None:
+        assert launch.run(*start(), Path("sft")) == 0
+        assert finish() == ("done", "", 0)
+
+    def test_what_the_status_says_wins_over_the_launcher(self, fault: Callable[[str], None]) -> None:
+        fault("say 71")
+        assert launch.run(*start(), Path("sft")) == 71
+        assert finish() == ("failed", "out of memory", 71)
+
+    def test_a_killed_stage_does_not_stay_running(self, fault: Callable[[str], None]) -> None:
+        fault("kill")
+        assert launch.run(*start(), Path("sft")) == 137
+        state, reason, code = finish()
+        assert (state, code) == ("failed", 137)
+        assert "killed by SIGKILL" in reason
+
+    def test_a_stage_that_dies_silently(self, fault: Callable[[str], None]) -> None:
+        fault("exit")
+        assert launch.run(*start(), Path("sft")) == 70
+        assert finish() == ("failed", "ended with exit code 70 without saying why; see its output", 70)
+
+    def test_an_old_status_is_not_believed(self) -> None:
+        Path("sft").mkdir()
+        write_status(Path("sft"), "failed", "out of memory, yesterday", 71)
+        assert launch.run([sys.executable, "-c", "raise SystemExit(3)"], {}, Path("sft")) == 3
+
+    def test_the_status_of_another_run_is_left_alone(self) -> None:
+        with run_lock(Path("sft")):
+            write_status(Path("sft"), "running")
+            assert launch.run([sys.executable, "-c", "raise SystemExit(75)"], {}, Path("sft")) == 75
+            assert finish()[0] == "running"
+
+    def test_standard_output_can_be_kept_clear(self, capfd: pytest.CaptureFixture[str]) -> None:
+        launch.run([sys.executable, "-c", "print('progress')"], {}, None, stdout=2)
+        assert capfd.readouterr() == ("", "progress\n")
+
+
+def signals(run: Path, *numbers: int) -> None:
+    """Send signals to this process, half a second apart, once the stage in the run says that it is running."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 30
+        while not (run / "status.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.usefixtures("workplace")
+class TestSignals:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_the_first_lets_the_stage_save(self, number: int, code: int, fault: Callable[[str], None]) -> None:
+        fault("wait")
+        before = signal.getsignal(number)
+        signals(Path("sft"), number)
+        assert launch.run(*start(), Path("sft")) == code
+        assert finish() == ("preempted", "asked to stop", code)
+        assert signal.getsignal(number) is before
+
+    def test_the_second_kills(self, fault: Callable[[str], None]) -> None:
+        fault("deaf")
+        signals(Path("sft"), signal.SIGTERM, signal.SIGTERM)
+        begun = time.monotonic()
+        assert launch.run(*start(), Path("sft")) == 143
+        assert time.monotonic() - begun < 30
+        assert finish()[::2] == ("preempted", 143)
+
+    def test_the_signal_goes_past_the_launcher_to_the_stage(self, fault: Callable[[str], None]) -> None:
+        """torchrun itself would answer 1, and kill after 30 s what is still saving."""
+        fault("wait")
+        signals(Path("sft"), signal.SIGTERM)
+        argv, env = launch.command("sft", "cpu", 2, ["--config", "sft.yaml"], threads=1)
+        assert launch.run(argv, env, Path("sft")) == 143
+        assert finish() == ("preempted", "asked to stop", 143)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_accelerate_starts_a_stage_with_our_cpu_file(capfd: pytest.CaptureFixture[str]) -> None:
+    argv, env = launch.command("sft", str(LAUNCH_FILES / "cpu.yaml"), 1, ["--config", "sft.yaml"], threads=1)
+    assert launch.run(argv, env, Path("sft")) == 0
+    assert "sft trained" in capfd.readouterr().out
+    assert finish()[0] == "done"
