@@ -36,7 +36,7 @@ from rlhf.functional.kl import AdaptiveKl, FixedKl
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
-from rlhf.models.save import critic_of, save_model
+from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
@@ -68,7 +68,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
         roles = open_ppo(config)
         train.record_tokenizer(roles.tokenizer)
-        pad_id = roles.tokenizer.pad_token_id
+        pad_id = roles.pad_id
         for frozen in filter(None, (roles.reference, roles.reward)):
             train.prepare_frozen(frozen.model)
         reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size)
@@ -88,7 +88,9 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
             """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
             minis = chunks(range(len(asked)), config.ppo.minibatch_size)
-            micros = [micro for mini in minis for micro in chunks(share(mini, train.rank, train.world_size), config.micro_batch_size)]
+            micros = [
+                micro for mini in minis for micro in chunks(share(mini, train.rank, train.world_size), config.micro_batch_size)
+            ]
             mine = [row for micro in micros for row in micro]
             with train.phase("rollout"):
                 samples = engine.generate([asked[row].ids for row in mine], sampling, [seeds[row] for row in mine])
@@ -101,9 +103,10 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             return concatenate([part for _, part in parts], [row for rows, _ in parts for row in rows])
 
         def evaluation(step: int) -> dict[str, float]:
-            seeds = [train.seed("evaluation", prompt.index) for prompt in held_out]
-            experience = collect(held_out, seeds, Sampling(config.rollout.max_new_tokens, config.eval.temperature))
-            texts = [prompt.text for prompt in held_out]
+            asked = held_out * config.eval.samples_per_prompt
+            sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
+            experience = collect(asked, row_seeds(train.seed("evaluation"), asked), sampling)
+            texts = [prompt.text for prompt in asked]
             metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
             train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
             return metrics
@@ -157,8 +160,8 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         if held_out:
             train.result["after"] = evaluation(train.step_done)
         if train.is_main:
-            save_model(critic_of(roles.policy), train.run / "critic", roles.tokenizer, merge=config.lora.merge)
-            save_model(roles.policy.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
+            save_model(roles.critic, train.run / "critic", roles.tokenizer, merge=config.lora.merge)
+            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(train.result, ["model", "critic"])
 
 
@@ -197,20 +200,26 @@ def minibatches(config: PpoConfig, seed: int, count: int) -> Iterator[list[int]]
 
 
 def ppo_loss(
-    policy, part: Experience, config: PpoConfig, pad_id: int, device: torch.device, stats: Stats, warming_up: bool = False
+    policy,
+    part: Experience,
+    config: PpoConfig,
+    pad_id: int,
+    device: torch.device,
+    stats: Stats,
+    warming_up: bool = False,
 ) -> torch.Tensor:
     """Policy and value loss of a micro-batch, summed over its tokens; statistics go into `stats`."""
     batch = part.batch(pad_id).to(device)
-    tokens, mask, old, advantages, old_values, returns = (
-        x.to(device) for x in (part.tokens, part.mask, part.logprobs, part.advantages, part.values, part.returns)
-    )
+    part = part.to(device)
+    assert part.advantages is not None
+    assert part.returns is not None
     output = policy(batch)
-    logprobs = token_logprobs(output.logits[:, :-1], tokens, config.rollout.temperature)
-    of_policy, policy_stats = policy_loss(logprobs, old, advantages, mask, config.ppo.clip)
-    of_value, value_stats = value_loss(output.values[:, :-1], old_values, returns, mask, config.ppo.value_clip)
-    count = mask.sum()
+    logprobs, values = token_logprobs(output.logits[:, :-1], part.tokens, config.rollout.temperature), output.values[:, :-1]
+    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
+    of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
+    count = part.mask.sum()
     stats.maximum("policy/max_abs_log_ratio", policy_stats.pop("max_abs_log_ratio"))
-    stats.maximum("value/max_abs_change", ((output.values[:, :-1].detach() - old_values) * mask).abs().max())
+    stats.maximum("value/max_abs_change", ((values.detach() - part.values) * part.mask).abs().max())
     named = {"policy/loss": of_policy.detach(), "value/loss": of_value.detach()}
     named |= {f"policy/{name}": value for name, value in policy_stats.items()}
     named |= {f"value/{name}": value for name, value in value_stats.items()}

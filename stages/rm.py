@@ -40,7 +40,7 @@ def main(invocation: Invocation) -> None:
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         pairs = read(train, config, config.data.train, template)
         held_out = read(train, config, config.data.eval, template) if config.data.eval else []
-        pad_id = roles.tokenizer.pad_token_id
+        pad_id = roles.pad_id
 
         schedule = config.schedule
         epochs = schedule.length if schedule.unit == "epochs" else None
@@ -67,7 +67,7 @@ def main(invocation: Invocation) -> None:
         # -- the result ----------------------------------------------------------------------------------------------
         result = evaluate(train, config, policy, held_out, pad_id, train.step_done) if held_out else {}
         if train.is_main:
-            save_model(roles.policy.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
+            save_model(roles.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
         train.finish(result, ["model"])
 
 
@@ -85,6 +85,7 @@ def tokens_of(pair: PairExample) -> int:
 def scores(policy, pairs: list[PairExample], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen, rejected), each (pairs,)."""
     batch = pair_batch(pairs, pad_id).to(device)
+    assert batch.attention_mask is not None
     both = read_last(policy(batch, roles=("critic",)).values, batch.attention_mask)
     return both[: len(pairs)], both[len(pairs) :]
 

@@ -43,7 +43,7 @@ def main(invocation: Invocation) -> None:
         examples = read(train, config, config.data.train, template)
         held_out = read(train, config, config.data.eval, template) if config.data.eval else []
         collate = packed_batch if config.data.packing else sft_batch
-        pad_id = roles.tokenizer.pad_token_id
+        pad_id = roles.pad_id
 
         schedule = config.schedule
         epochs = schedule.length if schedule.unit == "epochs" else None
@@ -71,7 +71,7 @@ def main(invocation: Invocation) -> None:
         # -- the result ----------------------------------------------------------------------------------------------
         result = evaluate(train, config, policy, held_out, collate, pad_id, train.step_done) if held_out else {}
         if train.is_main:
-            save_model(roles.policy.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
+            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(result, ["model"])
 
 
@@ -80,7 +80,10 @@ def read(train: Training, config: SftConfig, path: str, template: Template) -> l
     found = sft_examples(path, config.data, template)
     rows = pack(found.items, config.data.max_length) if config.data.packing else found.items
     packed = f" in {len(rows)} sequences" if config.data.packing else ""
-    for note in [f"{path}: {len(found.items)} rows{packed}, {sum(map(trained_tokens, rows)):,} trained tokens", *found.notes]:
+    for note in [
+        f"{path}: {len(found.items)} rows{packed}, {sum(map(trained_tokens, rows)):,} trained tokens",
+        *found.notes,
+    ]:
         train.note(note)
     return rows
 

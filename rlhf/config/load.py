@@ -67,9 +67,7 @@ def find_config(name: str) -> Path:
 
 
 def _not_found(name: str) -> str:
-    shipped = sorted(
-        file.relative_to(paths.CONFIGS).with_suffix("").as_posix() for file in paths.CONFIGS.glob("**/*.yaml")
-    )
+    shipped = sorted(file.relative_to(paths.CONFIGS).with_suffix("").as_posix() for file in paths.CONFIGS.glob("**/*.yaml"))
     configs = [config for config in shipped if not config.startswith("launch/")]
     beside = [str(file) for suffix in SUFFIXES for file in Path(name).parent.glob(f"*{suffix}")]
     near = get_close_matches(name, [*configs, *beside], n=3)
@@ -99,9 +97,7 @@ def _as_error(mistakes: Iterable[Mistake]) -> ConfigError:
     first: dict[tuple[tree.Place, str], Mistake] = {}
     for mistake in mistakes:
         first.setdefault((mistake.place, mistake.field), mistake)
-    return ConfigError(
-        "\n".join(str(mistake) for mistake in sorted(first.values(), key=lambda mistake: mistake.place.order))
-    )
+    return ConfigError("\n".join(str(mistake) for mistake in sorted(first.values(), key=lambda mistake: mistake.place.order)))
 
 
 def _put_flags(

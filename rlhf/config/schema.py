@@ -245,7 +245,7 @@ class Kl(Section):
     """adaptive: `coef` follows the measured KL (Ziegler et al. 2019, section 2.2)."""
     target: Positive = 6.0
     """Adaptive: KL per reply to aim at, in nats."""
-    horizon: Positive = 10000.0
+    horizon: Count = 10000
     """Adaptive: replies over which the coefficient adapts."""
 
 
@@ -277,6 +277,8 @@ class Evaluation(Section):
     """Iterations between evaluations on the fixed prompts; 0: before the first and after the last."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0: greedy."""
+    samples_per_prompt: Count = 1
+    """Replies to each fixed prompt."""
     scorers: tuple[str, ...] = ()
     """More Python functions to score the replies with (`module:function`), beside the reward."""
 

@@ -22,8 +22,8 @@ from rlhf.errors import DataError
 
 Content = Literal["correct", "wrong", "refusing"]
 
-# How people in this world talk. Polite and correct come together in 0.35 * 0.6 = 21% of replies: PPO has work to do.
-TONES: dict[Tone, float] = {"polite": 0.35, "neutral": 0.25, "rude": 0.40}
+# How people in this world talk. Polite and correct come together in 0.3 * 0.6 = 18% of replies: PPO has work to do.
+TONES: dict[Tone, float] = {"polite": 0.30, "neutral": 0.25, "rude": 0.45}
 CONTENTS: dict[Content, float] = {"correct": 0.6, "wrong": 0.2, "refusing": 0.2}
 
 # The gold score of a grammatical reply is the sum of the two; any other reply is worse than every grammatical one.

@@ -99,9 +99,7 @@ def read_transcript_reply(text: str) -> list[Message]:
     return read_transcript("\n\nAssistant:" + text)
 
 
-def split_common_prompt(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
+def split_common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
     """(prompt, chosen reply, rejected reply) of two conversations: TRL's implicit prompt, the messages they share."""
     shared = 0
     while chosen[shared : shared + 1] == rejected[shared : shared + 1] != []:

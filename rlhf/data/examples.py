@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 
 from rlhf.config.schema import Data, PromptData, SftData
 from rlhf.data.rows import Row, Rows, read_rows
+from rlhf.data.shapes import Kind
 from rlhf.data.templates import Messages, Template, plain_prompt
 from rlhf.errors import DataError
-
 
 Example = TypeVar("Example")
 
@@ -121,7 +121,7 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
     return PairExample(pair.prompt, pair.chosen[:room], pair.rejected[:room])
 
 
-def _read(path: str, kind: str, config: Data, json_key: str | None = None) -> Rows:
+def _read(path: str, kind: Kind, config: Data, json_key: str | None = None) -> Rows:
     return read_rows(
         path,
         kind,
@@ -150,7 +150,8 @@ class _LengthLimit:
             return True
         if self.rule == "fail":
             raise DataError(
-                f"{where}: {length} tokens, more than data.max_length {self.limit}; raise it, or set data.too_long to skip or truncate"
+                f"{where}: {length} tokens, more than data.max_length {self.limit}; "
+                "raise it, or set data.too_long to skip or truncate"
             )
         self.hit += 1
         return self.rule == "truncate"

@@ -94,8 +94,8 @@ class Template:
     def _tail(head: str, full: str, where: str) -> str:
         if not full.startswith(head):
             raise DataError(
-                f"{where}: the chat template rewrites earlier turns when a reply is added, so prompt and reply cannot be told apart; "
-                "use a template whose output only grows"
+                f"{where}: the chat template rewrites earlier turns when a reply is added, "
+                "so prompt and reply cannot be told apart; use a template whose output only grows"
             )
         return full[len(head) :]
 
@@ -120,4 +120,7 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
     special = str((tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
-    return {"tokenizer": text_digest(vocabulary + special), "template": text_digest(str(getattr(tokenizer, "chat_template", None)))}
+    return {
+        "tokenizer": text_digest(vocabulary + special),
+        "template": text_digest(str(getattr(tokenizer, "chat_template", None))),
+    }

@@ -30,7 +30,9 @@ class ActorCritic(nn.Module):
     With `value_head` instead of `critic`, both heads stand on the actor's trunk and one pass through it serves both.
     """
 
-    def __init__(self, actor: nn.Module | None = None, critic: nn.Module | None = None, value_head: nn.Linear | None = None) -> None:
+    def __init__(
+        self, actor: nn.Module | None = None, critic: nn.Module | None = None, value_head: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.actor, self.critic, self.value_head = actor, critic, value_head
 
@@ -47,7 +49,8 @@ class ActorCritic(nn.Module):
         return Output(logits, values)
 
     def _shared(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        assert self.actor is not None and self.value_head is not None
+        assert self.actor is not None
+        assert self.value_head is not None
         output = self.actor(**_inputs(batch), logits_to_keep=batch.keep, output_hidden_states=True)
         hidden = output.hidden_states[-1][:, -batch.keep :]  # the LM head's own input: after the final norm
         return output.logits, self.value_head(hidden).squeeze(-1)

@@ -31,7 +31,7 @@ def converted(path: Path) -> Path:
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise DataError(f"{path}: transformers cannot read this GGUF file: {error}") from error
     # save_pretrained refuses a model that remembers its quantisation, though its weights are plain tensors by now.
-    del model.config.quantization_config
+    delattr(model.config, "quantization_config")
     plain = type(model)._from_config(model.config, dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.generation_config.eos_token_id = tokenizer.eos_token_id

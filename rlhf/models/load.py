@@ -49,7 +49,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise DataError(f"{spec}: no tokenizer could be opened beside the model: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{spec}: the tokenizer has no EOS token; replies could never end. Set eos_token in tokenizer_config.json")
+        raise DataError(
+            f"{spec}: the tokenizer has no EOS token; replies could never end. Set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -66,7 +68,7 @@ def load_generation_config(spec: str) -> GenerationConfig:
     source = local(resolve(spec))
     if source.kind == "directory" and not (Path(source.path) / "generation_config.json").exists():
         return GenerationConfig()
-    return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    return GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
 
 
 def load_actor(spec: str, loading: Loading, from_scratch: bool = False) -> PreTrainedModel:
@@ -136,7 +138,11 @@ def _account(spec: str, report: dict[str, Any], missing: set[str], unexpected: s
     lacking = sorted(set(report["missing_keys"]) - missing)
     surplus = sorted(set(report["unexpected_keys"]) - unexpected)
     wrong = sorted(str(key) for key in report.get("mismatched_keys", ()))
-    for what, keys in (("lacks", lacking), ("holds, but the architecture has no place for,", surplus), ("has the wrong shape for", wrong)):
+    for what, keys in (
+        ("lacks", lacking),
+        ("holds, but the architecture has no place for,", surplus),
+        ("has the wrong shape for", wrong),
+    ):
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise DataError(f"{spec}: the checkpoint {what} {', '.join(keys[:5])}{more}")

@@ -45,17 +45,19 @@ def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
         raise DataError(f"lora.targets {lora.targets!r} does not fit {type(model).__name__}: {error}") from error
 
 
-def load_adapter(factory: Any, source: Source, loading: Loading, changes: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_adapter(
+    factory: Any, source: Source, loading: Loading, changes: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base of an adapter directory with the adapter merged in, and a loading report as transformers gives it."""
     directory = Path(source.path)
-    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
     if base is None:
         raise DataError(f"{directory}/adapter_config.json: no base_model_name_or_path, so its base is unknown")
     _check_base(directory, base)
     scalar = "num_labels" in changes
     model = load_scalar(base, loading, new_head=True) if scalar else load_actor(base, loading)
     merged = PeftModel.from_pretrained(model, directory).merge_and_unload()  # pyright: ignore[reportArgumentType, reportCallIssue]
-    own_head = scalar and PeftConfig.from_pretrained(directory).task_type == TaskType.SEQ_CLS
+    own_head = scalar and PeftConfig.from_pretrained(str(directory)).task_type == TaskType.SEQ_CLS
     missing = {f"{HEAD}.weight"} if scalar and not own_head else set()
     return merged, {"missing_keys": missing, "unexpected_keys": set()}
 

@@ -21,6 +21,7 @@ from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, value_head_for
 from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
+from rlhf.models.save import critic_of
 from rlhf.models.source import resolve
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
@@ -62,11 +63,24 @@ def read_last(values: Tensor, mask: Tensor) -> Tensor:
 class Roles:
     """`policy` is what is trained: the actor (SFT), the reward model as a critic (RM), or both (PPO)."""
 
-    policy: nn.Module
+    policy: ActorCritic
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
     reference: Reference | None = None
     reward: RewardModel | None = None
+
+    @property
+    def actor(self) -> nn.Module:
+        assert self.policy.actor is not None
+        return self.policy.actor
+
+    @property
+    def critic(self) -> nn.Module:
+        return critic_of(self.policy)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
     @property
     def stop_ids(self) -> list[int]:

@@ -47,7 +47,8 @@ def critic_of(policy: ActorCritic) -> nn.Module:
     """The critic as a model of its own; from a shared trunk it is assembled around the value head."""
     if policy.critic is not None:
         return policy.critic
-    assert policy.actor is not None and policy.value_head is not None
+    assert policy.actor is not None
+    assert policy.value_head is not None
     actor: PreTrainedModel = unwrapped(policy.actor)  # pyright: ignore[reportAssignmentType]
     config = type(actor.config).from_dict({**actor.config.to_dict(), "num_labels": 1})
     with torch.device("meta"):

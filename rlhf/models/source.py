@@ -84,9 +84,7 @@ def _result_of_run(run: Path, role: Role) -> Path:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run / 'run.json'}: not the manifest of a run of ours ({error!r})") from error
     if not finished:
-        raise DataError(
-            f"{run}: this {stage} run is not finished; finish it first: the command that started it goes on"
-        )
+        raise DataError(f"{run}: this {stage} run is not finished; finish it first: the command that started it goes on")
     result = run / ("critic" if role == "critic" and stage == "ppo" else "model")
     if not result.is_dir():
         raise DataError(f"{run}: this {stage} run has no {result.name}/")

@@ -50,7 +50,11 @@ class Console:
 
     def _bar(self) -> Progress:
         if self.progress is None:
-            columns = (TextColumn(self.stage), BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%  {task.fields[text]}"))
+            columns = (
+                TextColumn(self.stage),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:3.0f}%  {task.fields[text]}"),
+            )
             self.progress = Progress(*columns, console=self.rich, transient=True)
             self.progress.add_task(self.stage, total=1.0, text="")
             self.progress.start()

@@ -19,7 +19,7 @@ class Records:
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
 
     def append_once(self, step: int, values: dict[str, Any]) -> None:
-        """As `append`, unless the very line is there: a run killed after its last checkpoint evaluates again, to the same bits."""
+        """As `append`, unless the very line is there: a run killed after its last checkpoint evaluates again."""
         if {"step": step, **values} not in self.read():
             self.append(step, values)
 

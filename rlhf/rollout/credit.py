@@ -32,7 +32,9 @@ class RunningScores:
         self.moments = Moments(**state)
 
 
-def credit(experience: Experience, config: PpoConfig, kl_coef: float, running: RunningScores) -> tuple[Experience, dict[str, float]]:
+def credit(
+    experience: Experience, config: PpoConfig, kl_coef: float, running: RunningScores
+) -> tuple[Experience, dict[str, float]]:
     """Adds rewards, advantages (GAE) and returns; the second result is what to report of them, means over all replies."""
     mask, reference = experience.mask, experience.reference_logprobs
     scores = shaped_scores(experience, config.reward, running)

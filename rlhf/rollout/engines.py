@@ -51,7 +51,12 @@ class NativeEngine:
     """Batched sampling from the very module that is trained, with a KV cache; rows leave when they have ended."""
 
     def __init__(self, gather: Gather, stop_ids: Sequence[int], pad_id: int, batch_size: int) -> None:
-        self.gather, self.stop_ids, self.pad_id, self.batch_size = gather, torch.tensor(list(stop_ids)), pad_id, batch_size
+        self.gather, self.stop_ids, self.pad_id, self.batch_size = (
+            gather,
+            torch.tensor(list(stop_ids)),
+            pad_id,
+            batch_size,
+        )
         self.weights, self.version = None, -1
 
     def sync(self, weights: nn.Module, version: int) -> None:
@@ -83,18 +88,30 @@ class NativeEngine:
         ids, mask = (tensor.to(device) for tensor in pad(prompts, self.pad_id, left=True))
         stop_ids, seeds = self.stop_ids.to(device), torch.tensor(row_seeds, device=device)
         positions, cache = position_ids(mask), DynamicCache(config=actor.config)  # pyright: ignore[reportArgumentType]
-        rows, ended = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        rows, ended = (
+            torch.arange(len(prompts), device=device),
+            torch.zeros(len(prompts), dtype=torch.bool, device=device),
+        )
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for place in range(sampling.max_new_tokens):
             logits = actor(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             ).logits[:, -1]
             tokens, logprobs = sample(logits, sampling, seeds, place)
             steps.append((rows, ~ended, tokens, logprobs))
             ended = ended | torch.isin(tokens, stop_ids)
             if bool(ended.all()):
                 break
-            mask, positions, ids = torch.cat([mask, mask.new_ones(len(rows), 1)], 1), positions[:, -1:] + 1, tokens[:, None]
+            mask, positions, ids = (
+                torch.cat([mask, mask.new_ones(len(rows), 1)], 1),
+                positions[:, -1:] + 1,
+                tokens[:, None],
+            )
             if ended.float().mean() >= DROP_WHEN_FINISHED:
                 stay = torch.nonzero(~ended).squeeze(1)
                 cache.batch_select_indices(stay)

@@ -32,7 +32,11 @@ def evaluate(
     if experience.reference_logprobs is not None:
         metrics["kl"] = sequence_kl(experience)
     samples = [
-        {"prompt": texts[row], "response": responses[row], "scores": {name: round(column[row], 4) for name, column in columns.items()}}
+        {
+            "prompt": texts[row],
+            "response": responses[row],
+            "scores": {name: round(column[row], 4) for name, column in columns.items()},
+        }
         for row in range(min(keep, len(texts)))
     ]
     return metrics, samples

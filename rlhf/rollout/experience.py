@@ -61,6 +61,11 @@ class Experience:
         """Prompts padded at the left, replies at the right; heads run where a reply's tokens are predicted."""
         return reply_batch(self.prompts, self.tokens, self.mask, pad_id)
 
+    def to(self, device: torch.device) -> Experience:
+        """The same on a device; prompts stay where they are."""
+        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
+
     def masked(self) -> Experience:
         """The same shapes with no token that counts: what a rank computes when others have more rows."""
         return replace(self, mask=torch.zeros_like(self.mask))

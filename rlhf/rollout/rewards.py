@@ -27,7 +27,9 @@ RewardSource = Callable[[Samples, Sequence[str]], Tensor]
 """(samples, the users' words) -> (B,) scores"""
 
 
-def open_reward(source: str, model: RewardModel | None, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> RewardSource:
+def open_reward(
+    source: str, model: RewardModel | None, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int
+) -> RewardSource:
     if model is not None:
         return ModelReward(model, int(tokenizer.pad_token_id), micro_batch_size)  # pyright: ignore[reportArgumentType]
     if source.startswith("count:"):
@@ -73,7 +75,9 @@ class FunctionReward:
         self.source, self.tokenizer, self.function = source, tokenizer, load_function(source)
 
     def __call__(self, samples: Samples, texts: Sequence[str]) -> Tensor:
-        scores = call_by_name(self.function, self.source, prompts=list(texts), responses=decode(samples.responses, self.tokenizer))
+        scores = call_by_name(
+            self.function, self.source, prompts=list(texts), responses=decode(samples.responses, self.tokenizer)
+        )
         return torch.tensor(checked_scores(scores, len(samples), self.source))
 
 
@@ -87,7 +91,8 @@ def load_function(source: str) -> Callable[..., Any]:
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:

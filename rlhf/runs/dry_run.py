@@ -42,10 +42,9 @@ def batches(config: Any, processes: int) -> list[str]:
 def writes(config: Any) -> list[str]:
     """The files a run leaves, where it would leave them."""
     names = ["run.json", "status.json", "metrics.jsonl"]
-    if config.report.samples and not isinstance(config, RmConfig):
+    if isinstance(config, PpoConfig) and config.report.samples:
         names.append("samples.jsonl")
-    names.append("checkpoints/step-N/")
-    names.append("model/")
+    names += ["checkpoints/step-N/", "model/"]
     if isinstance(config, PpoConfig):
         names.append("critic/")
     return [f"{config.output.rstrip('/')}/{name}" for name in names]
@@ -63,7 +62,7 @@ def _ppo_batches(config: PpoConfig, processes: int) -> list[str]:
     }
     return [
         f"{replies} replies per iteration = {rollout.batch_size} prompts x {rollout.samples_per_prompt} samples, "
-        f"at most {rollout.generation_batch_size} sampled at a time by each of {processes} process(es)",
+        f"at most {rollout.generation_batch_size} sampled at a time by each of {_count(processes, 'process')}",
         f"{steps} optimizer steps per iteration = {minibatches} minibatches x {ppo.epochs} epochs",
         f"{ppo.minibatch_size} replies per optimizer step = "
         + _step(ppo.minibatch_size, "replies", processes, config.micro_batch_size),
@@ -74,6 +73,11 @@ def _ppo_batches(config: PpoConfig, processes: int) -> list[str]:
 def _step(batch: int, rows: str, processes: int, micro_batch: int) -> str:
     share = math.ceil(batch / processes)
     accumulation = math.ceil(share / micro_batch)
+    parts = _count(accumulation, "micro-batch")
     if processes * micro_batch * accumulation == batch:
-        return f"{processes} process(es) x {micro_batch} {rows} per micro-batch x {accumulation} micro-batch(es)"
-    return f"{processes} process(es) x up to {share} {rows}, in {accumulation} micro-batch(es) of up to {micro_batch}"
+        return f"{_count(processes, 'process')} x {micro_batch} {rows} per micro-batch x {parts}"
+    return f"{_count(processes, 'process')} x up to {share} {rows}, in {parts} of up to {micro_batch}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "es")

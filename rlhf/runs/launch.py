@@ -24,9 +24,7 @@ from rlhf.runs.manifest import STATUS, read_status, write_status
 LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 
 
-def command(
-    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0
-) -> tuple[list[str], dict[str, str]]:
+def command(stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0) -> tuple[list[str], dict[str, str]]:
     """The command line that runs a stage, and the environment variables it needs.
 
     Args:

@@ -144,9 +144,7 @@ def state_of(
     if not finished:
         return "resume"
     if changed := changed_files(run, manifest):
-        raise DataError(
-            f"{run}: changed since this {stage} run finished: {_listed(changed)}; delete it to make it again"
-        )
+        raise DataError(f"{run}: changed since this {stage} run finished: {_listed(changed)}; delete it to make it again")
     return "done"
 
 

@@ -85,9 +85,7 @@ def run_pipeline(request: Request) -> int:
     """
     file, pipeline = read(request)
     output = Path(pipeline.output)
-    invocations = [
-        parse(stage, arguments(stage, flags, file, pipeline, request)) for stage, flags in pipeline.stages.items()
-    ]
+    invocations = [_parse(stage, flags, file, pipeline, request) for stage, flags in pipeline.stages.items()]
     if request.dry_run:
         print_plan(invocations, request.as_json)
         return 0
@@ -122,10 +120,7 @@ def read(request: Request) -> tuple[Path, Pipeline]:
 
 def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline, request: Request) -> list[str]:
     """The stage's command line: the pipeline file's flags, over them --seed, over that the flags for this stage."""
-    inside = {
-        name: str(Path(pipeline.output) / text) if text.split("/")[0] in PLACES else text
-        for name, text in flags.items()
-    }
+    inside = {name: str(Path(pipeline.output) / text) if text.split("/")[0] in PLACES else text for name, text in flags.items()}
     seed = {} if request.seed is None else {"seed": str(request.seed)}
     merged: dict[str, str] = {}
     for layer in (inside, seed, request.overrides.get(stage, {})):
@@ -170,6 +165,13 @@ def print_plan(invocations: list[Invocation[Any]], as_json: bool) -> None:
         print(f"{plan['stage']}: {json.dumps(plan['config'], indent=2)}\n")
         print("\n".join([*plan["batches"], "", plan["command"], "", "would write:"]))
         print("\n".join(f"  {name}" for name in plan["writes"]) + "\n")
+
+
+def _parse(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline, request: Request) -> Invocation[Any]:
+    try:
+        return parse(stage, arguments(stage, flags, file, pipeline, request))
+    except ConfigError as error:  # flags that nobody typed: say where they come from
+        raise ConfigError(f"{file}, stage {stage}:\n{error}") from None
 
 
 def _results(directory: Path) -> list[str]:

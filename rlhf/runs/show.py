@@ -66,7 +66,8 @@ def print_run(described: Description, stream: IO[str]) -> None:
     if described.changed:
         console.print(f"[red]changed since it finished:[/red] {escape(', '.join(described.changed))}")
     for name, value in described.result.items():
-        console.print(f"  {escape(name)}: {escape(str(value))}")
+        for below, figure in value.items() if isinstance(value, dict) else [("", value)]:
+            console.print(f"  {escape(f'{name} {below}'.rstrip())}: {escape(str(figure))}")
 
 
 def _grow(tree: Any, node: Node) -> None:

@@ -62,12 +62,19 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         partial.mkdir(parents=True)
         for name, values in tensors.items():
             # A view of a larger storage or a shared tensor would be refused or saved whole.
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in values.items()},
+                partial / f"{name}.safetensors",
+            )
         write_json(partial / STATE, state)
         files = sorted(path for path in partial.iterdir())
         for path in files:
             _sync(path)
-        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": {path.name: _described(path) for path in files}}
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "files": {path.name: _described(path) for path in files},
+        }
         write_json(partial / MANIFEST, {**manifest, "digest": text_digest(json.dumps(manifest, sort_keys=True))})
         _sync(partial)
         if final.exists():
@@ -76,7 +83,9 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         _sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"{final}: the checkpoint could not be written ({error}); older checkpoints are untouched") from error
+        raise StorageError(
+            f"{final}: the checkpoint could not be written ({error}); older checkpoints are untouched"
+        ) from error
     fault = verify(final)
     if fault:
         raise StorageError(f"{final}: does not read back as written ({fault}); older checkpoints are untouched")

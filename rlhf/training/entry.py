@@ -20,7 +20,10 @@ def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
         print(f"rlhf: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
-        print(f"rlhf: error: out of memory: {error}\nlower micro_batch_size, or set gradient_checkpointing: true", file=sys.stderr)
+        print(
+            f"rlhf: error: out of memory: {error}\nlower micro_batch_size, or set gradient_checkpointing: true",
+            file=sys.stderr,
+        )
         sys.exit(OutOfMemory.exit_code)
     except Exception:  # our own bug: the only traceback a user sees, with the code that says so
         traceback.print_exc()

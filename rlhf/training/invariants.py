@@ -68,9 +68,16 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
     )
     if experience.reference_logprobs is not None and config.roles.reference in (None, config.roles.actor):
         distance = (experience.logprobs - experience.reference_logprobs)[mask].abs().max()
-        checks.expect("KL at step 0", distance == 0, distance, "the actor starts as the reference: max |log ratio| is exactly 0")
+        checks.expect(
+            "KL at step 0", distance == 0, distance, "the actor starts as the reference: max |log ratio| is exactly 0"
+        )
     outside = sum(float(x[~mask].abs().sum()) for x in _per_token(experience))
-    checks.expect("outside the mask", outside == 0, outside, "rewards, values, advantages and returns are 0 where no reply token is")
+    checks.expect(
+        "outside the mask",
+        outside == 0,
+        outside,
+        "rewards, values, advantages and returns are 0 where no reply token is",
+    )
     if config.ppo.whiten:
         assert experience.advantages is not None
         moments = Moments.of(experience.advantages, experience.mask)
@@ -84,7 +91,9 @@ def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:
     largest, clipped = stats["policy/max_abs_log_ratio"], stats["policy/clip_fraction"]
     checks.expect("first ratio", largest == 0, largest, "max |log ratio| of the first minibatch is exactly 0")
     moved = stats["value/max_abs_change"]
-    checks.expect("first values", moved == 0, moved, "the critic reads the same positions in scoring and update: values are equal")
+    checks.expect(
+        "first values", moved == 0, moved, "the critic reads the same positions in scoring and update: values are equal"
+    )
     checks.expect("first clip fraction", clipped == 0, clipped, "nothing is clipped in the first minibatch")
 
 

@@ -18,8 +18,7 @@ EXTRA_STATE = ("step", "exp_avg", "exp_avg_sq")
 def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     """AdamW over the trained weights; in PPO the critic's (and the value head's) have a learning rate of their own.
 
-    Biases and norms decay like the rest: with the small decays of fine-tuning it makes no measurable difference, and one rule is
-    easier to reason about.
+    Biases and norms decay like the rest: one rule is easier to reason about.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in policy.named_parameters():
@@ -31,7 +30,11 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
         group["params"].append(parameter)
         group["names"].append(name)
     return torch.optim.AdamW(
-        list(groups.values()), betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay, foreach=True
+        list(groups.values()),
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=True,
     )
 
 

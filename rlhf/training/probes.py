@@ -42,9 +42,14 @@ def probe_forward(checks: Checks, policy: ActorCritic, experience: Experience, t
         largest = max(largest, float((expected - experience.logprobs[row, : len(reply)]).abs().max()))
         largest_value = max(largest_value, float((values - experience.values[row, : len(reply)]).abs().max()))
     checks.expect(
-        "plain log-probs", largest < 1e-4, largest, "replies scored one by one, without pads, masks or position ids, get the same log-probs"
+        "plain log-probs",
+        largest < 1e-4,
+        largest,
+        "replies scored one by one, without pads, masks or position ids, get the same log-probs",
     )
-    checks.expect("plain values", largest_value < 1e-4, largest_value, "V_t is the critic's output at the position before token t")
+    checks.expect(
+        "plain values", largest_value < 1e-4, largest_value, "V_t is the critic's output at the position before token t"
+    )
 
 
 def probe_dropout(checks: Checks, policy: nn.Module, experience: Experience, pad_id: int, device: torch.device) -> None:
@@ -66,24 +71,37 @@ def probe_credit(checks: Checks, experience: Experience, config: PpoConfig) -> N
     if reference is not None:
         expected -= config.kl.coef * ESTIMATORS[config.kl.estimator](experience.logprobs, reference) * experience.mask
     difference = (experience.rewards - expected).abs().max()
-    checks.expect("score placement", difference < 1e-5, difference, "the score is added at the last token of each reply, nowhere else")
+    checks.expect(
+        "score placement",
+        difference < 1e-5,
+        difference,
+        "the score is added at the last token of each reply, nowhere else",
+    )
     if reference is not None:
         nearer = replace(experience, reference_logprobs=reference - 0.1 * experience.mask)
         total = float(credit(nearer, config, config.kl.coef, RunningScores())[0].rewards.sum() - experience.rewards.sum())  # pyright: ignore
         checks.expect("KL penalty", total < 0, total, "tokens likelier than under the reference lower the reward")
 
 
-def probe_loss(checks: Checks, experience: Experience, loss_of: Callable[[Experience], Tensor], parameters: Iterable[nn.Parameter]) -> None:
+def probe_loss(
+    checks: Checks, experience: Experience, loss_of: Callable[[Experience], Tensor], parameters: Iterable[nn.Parameter]
+) -> None:
     """Pads and micro-batching must not reach the loss."""
     rows = experience.rows(range(min(2 * PROBED_ROWS, len(experience))))
     tokens = float(rows.mask.sum())
     plain = float(loss_of(rows).detach()) / tokens
     outside = ~rows.mask.bool()
     spoiled = {
-        name: getattr(rows, name).masked_fill(outside, GARBAGE) for name in ("logprobs", "values", "rewards", "advantages", "returns")
+        name: getattr(rows, name).masked_fill(outside, GARBAGE)
+        for name in ("logprobs", "values", "rewards", "advantages", "returns")
     }
     difference = abs(float(loss_of(replace(rows, **spoiled)).detach()) / tokens - plain)
-    checks.expect("pads", difference < 1e-6, difference, f"what stands at pads does not matter: {GARBAGE:.0e} there leaves the loss as it is")
+    checks.expect(
+        "pads",
+        difference < 1e-6,
+        difference,
+        f"what stands at pads does not matter: {GARBAGE:.0e} there leaves the loss as it is",
+    )
     losses = {}
     gradients = {}
     parameters = [p for p in parameters if p.requires_grad]
@@ -91,7 +109,9 @@ def probe_loss(checks: Checks, experience: Experience, loss_of: Callable[[Experi
         parts = [rows.rows(micro) for micro in chunks(range(len(rows)), size)]
         total = torch.stack([loss_of(part) for part in parts]).sum() / tokens
         losses[size] = float(total.detach())
-        gradients[size] = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters, allow_unused=True) if g is not None])
+        gradients[size] = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(total, parameters, allow_unused=True) if g is not None]
+        )
     difference = abs(losses[1] - losses[4]) + float((gradients[1] - gradients[4]).abs().max())
     checks.expect("micro-batches", difference < 1e-5, difference, "micro-batches of 1 and of 4 give the same loss and gradient")
 

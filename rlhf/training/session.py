@@ -200,7 +200,12 @@ class Training:
             self.metrics.append(step + 1, values | {"tokens": tokens} | {name: round(t, 6) for name, t in times.items()})
             self.accelerator.log(values, step=step + 1)
             after = self.progress() if self.schedule.unit == "tokens" else (step + 1) / self.length
-            self.console.step(step + 1, min(after, 1.0), tokens, {name.split("/")[-1]: values[name] for name in show if name in values})
+            self.console.step(
+                step + 1,
+                min(after, 1.0),
+                tokens,
+                {name.split("/")[-1]: values[name] for name in show if name in values},
+            )
         return values
 
     def record_evaluation(self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
@@ -308,7 +313,9 @@ def _accelerator(config: Stage) -> Accelerator:
     precision = "bf16" if config.precision == "bf16" else "no"
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):
-        raise ConfigError(f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only")
+        raise ConfigError(
+            f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
+        )
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=list(config.report.trackers) or None,
@@ -319,7 +326,7 @@ def _accelerator(config: Stage) -> Accelerator:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE", accelerator.num_processes))
+    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE") or accelerator.num_processes)
     if accelerator.num_processes != expected:
         raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
     return accelerator

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf.data.order import shuffled
 
@@ -28,7 +28,7 @@ QUESTIONS = (
 
 
 def write_tiny_model(directory: Path, seed: int) -> None:
-    """A GPT-2 of two layers over ten tokens. Its weights are large for a random start, so that log-probabilities differ
+    """model/ and critic/: a GPT-2 of two layers over ten tokens, and one with a scalar head. Their weights are large for a random start, so that log-probabilities differ
     visibly from one another; with the usual 0.02 every token is equally likely and few mistakes show."""
     vocabulary = {word: index for index, word in enumerate([PAD, END, *WORDS])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
@@ -41,11 +41,15 @@ def write_tiny_model(directory: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+        critic = GPT2ForSequenceClassification(GPT2Config.from_dict({**config.to_dict(), "num_labels": 1}))
+    for part, module in (("model", model), ("critic", critic)):
+        module.save_pretrained(directory / part)
+        tokenizer.save_pretrained(directory / part)
 
 
 def write_prompts(path: Path, tiny: bool) -> None:
     """Prompts of different lengths, so that there are pads to get wrong."""
-    prompts = [" ".join(WORDS[i] for i in shuffled(8, seed)[: 2 + seed % 6]) for seed in range(128)] if tiny else list(QUESTIONS) * 8
+    prompts = (
+        [" ".join(WORDS[i] for i in shuffled(8, seed)[: 2 + seed % 6]) for seed in range(128)] if tiny else list(QUESTIONS) * 8
+    )
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

@@ -1,7 +1,7 @@
 """`rlhf ppo --unit-test`: is PPO itself right, with this model, on this machine?
 
-No SFT, no reward model run. The stage trains on a reward with a known optimum, once as it is and once negated; the invariants of
-its first iteration are checked thoroughly; what was found is a table in plain words, and the exit code.
+No SFT, no reward model run. The stage trains on a reward with a known optimum, once as it is and once negated; the invariants
+of its first iteration are checked thoroughly; what was found is a table in plain words, and the exit code.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def unit_test(config: PpoConfig, ppo: Ppo, as_json: bool = False, learn: bool = 
     figures = _figures(up)
     passed = not checks.failed()
     if as_json:
-        print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks.results], "figures": figures}, indent=2))
+        print(
+            json.dumps({"passed": passed, "checks": [asdict(check) for check in checks.results], "figures": figures}, indent=2)
+        )
     else:
         _print(checks, figures)
     sys.exit(0 if passed else 1)
@@ -62,8 +64,10 @@ def _filled_in(config: PpoConfig, directory: Path) -> PpoConfig:
     """The config with the random model and the built-in prompts put in their places."""
     tiny = config.roles.actor == RANDOM
     if tiny:
-        write_tiny_model(directory / "model", config.seed)
+        write_tiny_model(directory, config.seed)
         config = _nested(config, "roles", actor=str(directory / "model"))
+    if config.roles.critic == RANDOM:
+        config = _nested(config, "roles", critic=str(directory / "critic") if tiny else "zero")
     if config.data.train == BUILT_IN:
         write_prompts(directory / "prompts.jsonl", tiny)
         config = _nested(config, "data", train=str(directory / "prompts.jsonl"))
@@ -105,18 +109,31 @@ def _run(config: PpoConfig, ppo: Ppo, checks: Checks | None, length: int | None 
     for name, (model, before) in frozen.items():
         after = probes.weights_digest(model)
         assert checks is not None
-        checks.expect(f"frozen {name}", after == before, after[:8], f"the weights of the {name} are, to the bit, those it started with")
+        checks.expect(
+            f"frozen {name}",
+            after == before,
+            after[:8],
+            f"the weights of the {name} are, to the bit, those it started with",
+        )
     return Records(Path(config.output) / "metrics.jsonl").read()
 
 
 def _expect_learning(checks: Checks, up: list[dict[str, Any]], down: list[dict[str, Any]]) -> None:
     rise, fall = _change(up), _change(down)
-    checks.expect("reward rises", rise[0] > STANDARD_ERRORS * rise[1], f"{rise[0]:+.2f} +- {rise[1]:.2f}", "PPO finds more of what is rewarded")
+    checks.expect(
+        "reward rises",
+        rise[0] > STANDARD_ERRORS * rise[1],
+        f"{rise[0]:+.2f} +- {rise[1]:.2f}",
+        "PPO finds more of what is rewarded",
+    )
     # A reward near its floor cannot fall; it must then at least not rise.
     lower = fall[0] < -STANDARD_ERRORS * fall[1] or _mean(down[:AT_EACH_END]) < STANDARD_ERRORS * fall[1]
     apart = _mean(up[-AT_EACH_END:]) - _mean(down[-AT_EACH_END:]) > STANDARD_ERRORS * math.hypot(rise[1], fall[1])
     checks.expect(
-        "reward falls when negated", lower and apart, f"{fall[0]:+.2f} +- {fall[1]:.2f}", "with the sign of the reward turned, PPO avoids it"
+        "reward falls when negated",
+        lower and apart,
+        f"{fall[0]:+.2f} +- {fall[1]:.2f}",
+        "with the sign of the reward turned, PPO avoids it",
     )
 
 
@@ -135,7 +152,9 @@ def _figures(metrics: list[dict[str, Any]]) -> dict[str, float]:
     if not metrics:
         return {}
     seconds = {name: sum(m[name] for m in metrics) for name in metrics[0] if name.startswith("time/")}
-    figures = {name.removeprefix("time/").removesuffix("_s") + " seconds": round(value, 2) for name, value in seconds.items()}
+    figures: dict[str, float] = {
+        name.removeprefix("time/").removesuffix("_s") + " seconds": round(value, 2) for name, value in seconds.items()
+    }
     figures["tokens per second"] = round(sum(m["tokens"] for m in metrics) / seconds["time/step_s"])
     figures["peak memory MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return figures

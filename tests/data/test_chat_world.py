@@ -180,10 +180,10 @@ def test_people_talk_as_announced(world: Path) -> None:
     rate = {name: sum(column) / len(rows) for name, column in judge(prompts, replies).items()}
     # Three standard errors of a rate over 8000 rows are at most 3 * sqrt(0.25 / 8000) = 0.017.
     assert rate["grammatical"] == 1
-    assert rate["polite"] == pytest.approx(0.35, abs=0.017)
-    assert rate["rude"] == pytest.approx(0.40, abs=0.017)
+    assert rate["polite"] == pytest.approx(0.30, abs=0.017)
+    assert rate["rude"] == pytest.approx(0.45, abs=0.017)
     assert rate["correct"] == pytest.approx(0.60, abs=0.017)
-    assert rate["helpful"] == pytest.approx(0.35 * 0.60, abs=0.017)
+    assert rate["helpful"] == pytest.approx(0.30 * 0.60, abs=0.017)
 
 
 def test_annotators_err_as_bradley_and_terry_say(world: Path) -> None:

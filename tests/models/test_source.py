@@ -54,7 +54,7 @@ def test_hub_ids() -> None:
 @pytest.mark.parametrize("spec", ["./model", "../model", "gpt2", "a/b/c", "m.gguf", "models/m.gguf", "runs/missing"])
 def test_nothing_there(spec: str) -> None:
     Path("runs").mkdir()
-    with pytest.raises(DataError, match="Looked for a run directory, .*config.json.*gguf.*owner/name"):
+    with pytest.raises(DataError, match=r"Looked for a run directory, .*config.json.*gguf.*owner/name"):
         resolve(spec)
 
 

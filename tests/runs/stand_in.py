@@ -35,9 +35,7 @@ def main(stage: str, invocation: Invocation[Any], fault: str) -> None:
     with run_lock(run):
         inputs = inputs_of(stage, config)
         threads = int(os.environ["OMP_NUM_THREADS"])
-        manifest = new_manifest(
-            stage, config.model_dump(mode="json"), sys.argv, config.seed, 1, threads, inputs, versions()
-        )
+        manifest = new_manifest(stage, config.model_dump(mode="json"), sys.argv, config.seed, 1, threads, inputs, versions())
         write_json(run / "run.json", manifest)
         misbehave(run, fault)
         contents = "".join(entry["digest"] or "" for entry in inputs.values())

@@ -144,13 +144,17 @@ class TestEnd:
         assert capfd.readouterr() == ("", "progress\n")
 
 
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def signals(run: Path, *numbers: int) -> None:
     """Send signals to this process, half a second apart, once the stage in the run says that it is running."""
 
     def send() -> None:
-        deadline = time.monotonic() + 30
-        while not (run / "status.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(run / "status.json")
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.5)
@@ -177,13 +181,60 @@ class TestSignals:
         assert time.monotonic() - begun < 30
         assert finish()[::2] == ("preempted", 143)
 
-    def test_the_signal_goes_past_the_launcher_to_the_stage(self, fault: Callable[[str], None]) -> None:
-        """torchrun itself would answer 1, and kill after 30 s what is still saving."""
+    def test_a_stage_under_torchrun_saves_too(self, fault: Callable[[str], None]) -> None:
         fault("wait")
         signals(Path("sft"), signal.SIGTERM)
         argv, env = launch.command("sft", "cpu", 2, ["--config", "sft.yaml"], threads=1)
         assert launch.run(argv, env, Path("sft")) == 143
         assert finish() == ("preempted", "asked to stop", 143)
+
+    def test_the_signal_goes_past_the_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torchrun would give the stage 30 s from then on; a launcher that hears nothing gives it all it needs."""
+        Path("launcher.py").write_text(LAUNCHER)
+        Path("stage.py").write_text(SLOW_TO_SAVE)
+        monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+        signals(Path(), signal.SIGTERM)
+        assert launch.run([sys.executable, "-m", "launcher"], {}, Path()) == 143
+        assert Path("heard").read_text() == "stage"
+
+    def test_ctrl_c_arrives_once(self) -> None:
+        """A terminal sends it to the whole process group; to a stage the second one means stop at once."""
+        code = f"import sys; from rlhf.runs.launch import run; run([sys.executable, '-c', {COUNT!r}], {{}}, None)"
+        with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+            wait_for(Path("ready"))
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=30)
+        assert Path("count").read_text() == "1"
+
+
+LAUNCHER = """
+import signal, subprocess, sys
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: Path("heard").open("a").write("launcher"))
+sys.exit(subprocess.call([sys.executable, "stage.py"]))
+"""
+
+SLOW_TO_SAVE = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), Path("heard").open("a").write("stage"), sys.exit(1)))
+Path("new").write_text('{"state": "running", "exit_code": null}')
+Path("new").rename("status.json")
+time.sleep(60)
+"""
+
+COUNT = """
+import signal, time
+from pathlib import Path
+received = []
+signal.signal(signal.SIGINT, lambda *_: received.append(1))
+Path("ready").touch()
+end = time.monotonic() + 30
+while not received and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(0.5)
+Path("count").write_text(str(len(received)))
+"""
 
 
 @pytest.mark.usefixtures("workplace")

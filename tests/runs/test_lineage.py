@@ -124,9 +124,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("line", "overrides"), CHANGES.values(), ids=CHANGES)
-def test_every_change_is_named(
-    line: str, overrides: dict, finished: bool, make_run: Callable[..., None]
-) -> None:
+def test_every_change_is_named(line: str, overrides: dict, finished: bool, make_run: Callable[..., None]) -> None:
     make_run("sft", finished)
     with pytest.raises(DataError) as caught:
         state_of(Path("sft"), "sft", config("sft", **overrides))

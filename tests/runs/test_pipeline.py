@@ -147,9 +147,12 @@ def test_a_dry_run_touches_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     [
         ("stages: {sft: {config: sft.yaml}}", "output: missing"),
         ("output: out\nstages:\n  stf: {config: sft.yaml}", r"pipeline.yaml:3:3: stages.stf: .*`stages.sft`"),
-        ("output: out\nstages:\n  sft: {model: base}", r"pipeline.yaml:3:3: .*sft has no `config`"),
+        ("output: out\nstages:\n  sft: {model: base}", r"pipeline.yaml:2:1: stages: sft has no `config`"),
         ("output: out\nstages:\n  sft: {config: sft.yaml, output: x}", r"sft.output is not a choice"),
-        ("output: out\nstages:\n  sft: {config: sft.yaml, modle: base}", r"modle: unknown flag"),
+        (
+            "output: out\nstages:\n  sft: {config: sft.yaml, modle: base}",
+            r"pipeline.yaml, stage sft:\n--modle: unknown flag; did you mean `--model`",
+        ),
         ("output: out\nstages:\n  sft: {config: nowhere.yaml}", r"nowhere.yaml: no such config"),
     ],
 )
@@ -172,9 +175,7 @@ def test_mistakes_in_the_file(text: str, message: str, capfd: pytest.CaptureFixt
         ([], 2, "required: pipeline"),
     ],
 )
-def test_mistakes_on_the_command_line(
-    arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_on_the_command_line(arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *arguments]) == code
     assert message in capfd.readouterr().err
 
