@@ -9,7 +9,7 @@ from typing import IO, Any
 from rlhf.runs.manifest import MANIFEST, read_json, seconds
 
 # Shown as a percentage: shares of replies. All else is a plain number.
-SHARES = ("helpful", "polite", "grammatical")
+SHARES = ("helpful", "polite", "correct", "grammatical", "rude", "ended")
 
 
 def summary(output: Path) -> dict[str, Any]:

@@ -28,8 +28,11 @@ QUESTIONS = (
 
 
 def write_tiny_model(directory: Path, seed: int) -> None:
-    """model/ and critic/: a GPT-2 of two layers over ten tokens, and one with a scalar head. Their weights are large for a random start, so that log-probabilities differ
-    visibly from one another; with the usual 0.02 every token is equally likely and few mistakes show."""
+    """model/ and critic/: a GPT-2 of two layers over ten tokens, and one with a scalar head.
+
+    Their weights are large for a random start, so that log-probabilities differ visibly from one another; with the usual 0.02
+    every token is equally likely and few mistakes show.
+    """
     vocabulary = {word: index for index, word in enumerate([PAD, END, *WORDS])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = WhitespaceSplit()
