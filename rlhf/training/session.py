@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -82,7 +83,7 @@ class Training:
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.policy.parameters())
-        self.note(f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device} in {self.config.precision}")
+        self.note(f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}")
         return self.model
 
     def prepare_frozen(self, model: nn.Module) -> None:
@@ -316,6 +317,8 @@ def _accelerator(config: Stage) -> Accelerator:
         raise ConfigError(
             f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
         )
+    # accelerate spells the option below as torch no longer likes it; a user can do nothing about it
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=list(config.report.trackers) or None,
