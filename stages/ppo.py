@@ -21,7 +21,6 @@ Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -30,9 +29,9 @@ import torch
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import PpoConfig
 from rlhf.data.examples import PromptExample, prompt_examples
-from rlhf.data.order import batch_indices, seed_of, share, shuffled, steps_in
+from rlhf.data.order import batch_indices, row_seeds, seed_of, share, shuffled, steps_in
 from rlhf.data.templates import Template
-from rlhf.functional.kl import AdaptiveKl, FixedKl
+from rlhf.functional.kl import controller
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
@@ -48,7 +47,7 @@ from rlhf.rollout.scoring import score
 from rlhf.training import invariants
 from rlhf.training.accumulation import chunks
 from rlhf.training.entry import run_stage
-from rlhf.training.session import Training, open_training
+from rlhf.training.session import open_training
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
 
@@ -73,10 +72,14 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             train.prepare_frozen(frozen.model)
         reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
-        prompts = read(train, config, config.data.train, template)
-        held_out = read(train, config, config.data.eval, template)[: config.data.eval_limit] if config.data.eval else []
 
-        running, kl = RunningScores(), open_kl(config)
+        def read(path: str) -> list[PromptExample]:
+            return train.read(path, prompt_examples(path, config.data, template), "prompts")
+
+        prompts = read(config.data.train)
+        held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
+
+        running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         train.remember(running=running, kl=kl)
         schedule, batch_size = config.schedule, config.rollout.batch_size
         epochs = schedule.length if schedule.unit == "epochs" else None
@@ -105,7 +108,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         def evaluation(step: int) -> dict[str, float]:
             asked = held_out * config.eval.samples_per_prompt
             sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
-            experience = collect(asked, row_seeds(train.seed("evaluation"), asked), sampling)
+            experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
             texts = [prompt.text for prompt in asked]
             metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
             train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
@@ -120,7 +123,9 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             # 1, 2: what the old policy did, and how good it was
             indices = batch_indices(step, batch_size, len(prompts), train.seed("data"), epochs)
             asked = [prompts[index] for index in indices for _ in range(config.rollout.samples_per_prompt)]
-            experience = collect(asked, row_seeds(train.seed("rollout", step), asked), sampling_of(config))
+            experience = collect(
+                asked, row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked]), sampling_of(config)
+            )
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
@@ -165,31 +170,9 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         train.finish(train.result, ["model", "critic"])
 
 
-def read(train: Training, config: PpoConfig, path: str, template: Template) -> list[PromptExample]:
-    found = prompt_examples(path, config.data, template)
-    for note in [f"{path}: {len(found.items)} prompts", *found.notes]:
-        train.note(note)
-    return found.items
-
-
-def open_kl(config: PpoConfig) -> FixedKl | AdaptiveKl:
-    adaptive = config.kl.controller == "adaptive"
-    return AdaptiveKl(config.kl.coef, config.kl.target, config.kl.horizon) if adaptive else FixedKl(config.kl.coef)
-
-
 def sampling_of(config: PpoConfig) -> Sampling:
     rollout = config.rollout
     return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
-
-
-def row_seeds(seed: int, asked: Sequence[PromptExample]) -> list[int]:
-    """One seed a reply, from its prompt and how often that prompt came before it in the iteration."""
-    seen: Counter[int] = Counter()
-    seeds = []
-    for prompt in asked:
-        seeds.append(seed_of(seed, prompt.index, seen[prompt.index]))
-        seen[prompt.index] += 1
-    return seeds
 
 
 def minibatches(config: PpoConfig, seed: int, count: int) -> Iterator[list[int]]:

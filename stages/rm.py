@@ -38,8 +38,12 @@ def main(invocation: Invocation) -> None:
         roles = open_rm(config)
         train.record_tokenizer(roles.tokenizer)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
-        pairs = read(train, config, config.data.train, template)
-        held_out = read(train, config, config.data.eval, template) if config.data.eval else []
+
+        def read(path: str) -> list[PairExample]:
+            return train.read(path, pair_examples(path, config.data, template), "pairs")
+
+        pairs = read(config.data.train)
+        held_out = read(config.data.eval) if config.data.eval else []
         pad_id = roles.pad_id
 
         schedule = config.schedule
@@ -69,13 +73,6 @@ def main(invocation: Invocation) -> None:
         if train.is_main:
             save_model(roles.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
         train.finish(result, ["model"])
-
-
-def read(train: Training, config: RmConfig, path: str, template: Template) -> list[PairExample]:
-    found = pair_examples(path, config.data, template)
-    for note in [f"{path}: {len(found.items)} pairs", *found.notes]:
-        train.note(note)
-    return found.items
 
 
 def tokens_of(pair: PairExample) -> int:

@@ -40,8 +40,14 @@ def main(invocation: Invocation) -> None:
         roles = open_sft(config)
         train.record_tokenizer(roles.tokenizer)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
-        examples = read(train, config, config.data.train, template)
-        held_out = read(train, config, config.data.eval, template) if config.data.eval else []
+
+        def read(path: str) -> list:
+            """Examples, or with packing lists of examples that share a sequence."""
+            rows = train.read(path, sft_examples(path, config.data, template), "rows")
+            return pack(rows, config.data.max_length) if config.data.packing else rows
+
+        examples = read(config.data.train)
+        held_out = read(config.data.eval) if config.data.eval else []
         collate = packed_batch if config.data.packing else sft_batch
         pad_id = roles.pad_id
 
@@ -73,19 +79,6 @@ def main(invocation: Invocation) -> None:
         if train.is_main:
             save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(result, ["model"])
-
-
-def read(train: Training, config: SftConfig, path: str, template: Template) -> list:
-    """Examples, or with packing lists of examples that share a sequence."""
-    found = sft_examples(path, config.data, template)
-    rows = pack(found.items, config.data.max_length) if config.data.packing else found.items
-    packed = f" in {len(rows)} sequences" if config.data.packing else ""
-    for note in [
-        f"{path}: {len(found.items)} rows{packed}, {sum(map(trained_tokens, rows)):,} trained tokens",
-        *found.notes,
-    ]:
-        train.note(note)
-    return rows
 
 
 def size(row: SftExample | list[SftExample]) -> int:

@@ -7,6 +7,7 @@ is dropped at an epoch's end. A global batch does not depend on the number of pr
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -21,6 +22,19 @@ Item = TypeVar("Item")
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from anything printable: the run's seed, a purpose, a step."""
     return int(text_digest("|".join(map(str, parts)))[:16], 16) >> 1
+
+
+def row_seeds(seed: int, prompts: Sequence[int]) -> list[int]:
+    """One seed a reply, from its prompt's index and how often that prompt came before it in the iteration.
+
+    Neither the rank nor the rows beside it are in it: a reply is the same whoever samples it, and no two are alike by seed.
+    """
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(seed_of(seed, prompt, seen[prompt]))
+        seen[prompt] += 1
+    return seeds
 
 
 @lru_cache(maxsize=4)

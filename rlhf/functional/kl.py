@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -77,3 +78,8 @@ class AdaptiveKl:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
+
+
+def controller(kind: Literal["fixed", "adaptive"], coef: float, target: float, horizon: int) -> FixedKl | AdaptiveKl:
+    """The controller a config asks for by name."""
+    return AdaptiveKl(coef, target, horizon) if kind == "adaptive" else FixedKl(coef)

@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
         modules_to_save=[HEAD] if scalar else None,
         exclude_modules=[HEAD] if scalar else None,
     )
-    if model.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()
     try:
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.schema import Optimizer, Schedule, Stage
+from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import CheckFailed, ConfigError, DataError, Preempted
@@ -83,7 +84,9 @@ class Training:
         self.model, self.prepared_optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.policy.parameters())
-        self.note(f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}")
+        self.note(
+            f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}"
+        )
         return self.model
 
     def prepare_frozen(self, model: nn.Module) -> None:
@@ -182,6 +185,12 @@ class Training:
 
     def note(self, text: str) -> None:
         self.console.note(text)
+
+    def read(self, path: str, found: Examples[Example], what: str) -> list[Example]:
+        """The examples of a file, after saying what became of it."""
+        for note in [f"{path}: {len(found.items)} {what}", *found.notes]:
+            self.note(note)
+        return found.items
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
