@@ -33,6 +33,7 @@ from rlhf.data.order import batch_indices, row_seeds, seed_of, share, shuffled, 
 from rlhf.data.templates import Template
 from rlhf.functional.kl import controller
 from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.masked import zero_outside
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
@@ -202,7 +203,7 @@ def ppo_loss(
     of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
     count = part.mask.sum()
     stats.maximum("policy/max_abs_log_ratio", policy_stats.pop("max_abs_log_ratio"))
-    stats.maximum("value/max_abs_change", ((values.detach() - part.values) * part.mask).abs().max())
+    stats.maximum("value/max_abs_change", zero_outside(values.detach() - part.values, part.mask).abs().max())
     named = {"policy/loss": of_policy.detach(), "value/loss": of_value.detach()}
     named |= {f"policy/{name}": value for name, value in policy_stats.items()}
     named |= {f"value/{name}": value for name, value in value_stats.items()}

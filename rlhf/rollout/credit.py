@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.config.schema import PpoConfig, Reward
 from rlhf.functional.advantages import gae
 from rlhf.functional.kl import k1
-from rlhf.functional.masked import Moments, masked_mean, whiten
+from rlhf.functional.masked import Moments, masked_mean, whiten, zero_outside
 from rlhf.functional.ppo import explained_variance
 from rlhf.functional.rewards import apply_missing_eos, clip_scores, normalize_scores, token_rewards
 from rlhf.rollout.experience import Experience
@@ -73,5 +73,5 @@ def shaped_scores(experience: Experience, config: Reward, running: RunningScores
 def sequence_kl(experience: Experience) -> float:
     """Mean over replies of the summed k1 estimate of KL(actor || reference), in nats."""
     assert experience.reference_logprobs is not None
-    per_token = k1(experience.logprobs, experience.reference_logprobs) * experience.mask
+    per_token = zero_outside(k1(experience.logprobs, experience.reference_logprobs), experience.mask)
     return per_token.sum(1).mean().item()

@@ -91,16 +91,14 @@ def probe_loss(
     tokens = float(rows.mask.sum())
     plain = float(loss_of(rows).detach()) / tokens
     outside = ~rows.mask.bool()
-    spoiled = {
-        name: getattr(rows, name).masked_fill(outside, GARBAGE)
-        for name in ("logprobs", "values", "rewards", "advantages", "returns")
-    }
-    difference = abs(float(loss_of(replace(rows, **spoiled)).detach()) / tokens - plain)
+    fields = ("logprobs", "values", "rewards", "advantages", "returns")
+    spoiled = [{name: getattr(rows, name).masked_fill(outside, value) for name in fields} for value in (GARBAGE, -GARBAGE)]
+    difference = max(abs(float(loss_of(replace(rows, **changes)).detach()) / tokens - plain) for changes in spoiled)
     checks.expect(
         "pads",
         difference < 1e-6,
         difference,
-        f"what stands at pads does not matter: {GARBAGE:.0e} there leaves the loss as it is",
+        f"what stands at pads does not matter: +-{GARBAGE:.0e} there leaves the loss as it is",
     )
     losses = {}
     gradients = {}

@@ -26,9 +26,7 @@ def one_row(rewards: list[float], values: list[float], gamma: float, lam: float)
 def by_definition(rewards: Array, values: Array, gamma: float, lam: float) -> Array:
     """A_t = sum over j >= t of (gamma lam)^(j - t) delta_j, with value 0 after the end."""
     deltas = rewards + gamma * np.append(values[1:], 0.0) - values
-    return np.array(
-        [sum((gamma * lam) ** (j - t) * deltas[j] for j in range(t, len(deltas))) for t in range(len(deltas))]
-    )
+    return np.array([sum((gamma * lam) ** (j - t) * deltas[j] for j in range(t, len(deltas))) for t in range(len(deltas))])
 
 
 def batch(lengths: list[int], length: int) -> tuple[Tensor, Tensor, Tensor]:

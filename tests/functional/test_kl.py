@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.functional.kl import ESTIMATORS, AdaptiveKl, FixedKl
+from rlhf.functional.kl import ESTIMATORS, AdaptiveKl, FixedKl, controller
 
 # Policy q and reference p over three tokens; expectations are sums over q, gradients are those of the logits of q,
 # derived with numpy (finite differences for the gradients).
@@ -72,29 +72,32 @@ def test_c3_only_k2_has_the_gradient_of_the_kl_it_estimates() -> None:
         assert (expected_gradient(name) - logits.grad).abs().max() > 0.02
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"), [(12.0, 0.151536), (0.0, 0.14846399999999998), (6.0, 0.15), (6.3, 0.150384)]
-)
+@pytest.mark.parametrize(("kl", "expected"), [(12.0, 0.151536), (0.0, 0.14846399999999998), (6.0, 0.15), (6.3, 0.150384)])
 def test_c4_adaptive_coefficient(kl: float, expected: float) -> None:
-    controller = AdaptiveKl(coef=0.15, target=6.0, horizon=10_000)
-    controller.update(kl, samples=512)
-    assert controller.coef == pytest.approx(expected, abs=1e-12)
+    adaptive = AdaptiveKl(coef=0.15, target=6.0, horizon=10_000)
+    adaptive.update(kl, samples=512)
+    assert adaptive.coef == pytest.approx(expected, abs=1e-12)
 
 
 def test_c4_updates_compound_and_resume() -> None:
-    controller = AdaptiveKl(coef=0.15, target=6.0, horizon=10_000)
-    controller.update(12.0, samples=512)
+    adaptive = AdaptiveKl(coef=0.15, target=6.0, horizon=10_000)
+    adaptive.update(12.0, samples=512)
     resumed = AdaptiveKl(coef=0.15, target=6.0, horizon=10_000)
-    resumed.load_state_dict(controller.state_dict())
-    for kl in (controller, resumed):
+    resumed.load_state_dict(adaptive.state_dict())
+    for kl in (adaptive, resumed):
         kl.update(12.0, samples=512)
-    assert resumed.coef == controller.coef == pytest.approx(0.15 * 1.01024**2, abs=1e-12)
+    assert resumed.coef == adaptive.coef == pytest.approx(0.15 * 1.01024**2, abs=1e-12)
 
 
 def test_c4_fixed_coefficient_stays() -> None:
-    controller = FixedKl(coef=0.05)
-    controller.update(100.0, samples=512)
-    assert controller.coef == 0.05
+    fixed = FixedKl(coef=0.05)
+    fixed.update(100.0, samples=512)
+    assert fixed.coef == 0.05
     resumed = FixedKl(coef=0.1)
-    resumed.load_state_dict(controller.state_dict())
+    resumed.load_state_dict(fixed.state_dict())
     assert resumed.coef == 0.05
+
+
+def test_c4_controllers_by_name() -> None:
+    assert controller("fixed", 0.05, target=6.0, horizon=10_000) == FixedKl(coef=0.05)
+    assert controller("adaptive", 0.05, target=6.0, horizon=10_000) == AdaptiveKl(coef=0.05, target=6.0, horizon=10_000)

@@ -95,12 +95,13 @@ def test_d3_first_minibatch_has_ratio_one() -> None:
     assert loss.item() == pytest.approx(0.0, abs=1e-12)  # -sum of A, which is whitened
 
 
-def test_d3_a_mismatch_that_cancels_is_still_seen() -> None:
-    old = torch.full((1, 2), -1.0, dtype=torch.float64)
-    new = old + torch.tensor([[0.01, -0.01]], dtype=torch.float64)
+@pytest.mark.parametrize("changes", [[0.02, -0.01, -0.01], [-0.02, 0.01, 0.01]])
+def test_d3_a_mismatch_that_cancels_is_still_seen(changes: list[float]) -> None:
+    old = torch.full((1, 3), -1.0, dtype=torch.float64)
+    new = old + torch.tensor([changes], dtype=torch.float64)
     _, stats = policy_loss(new, old, torch.ones_like(old), torch.ones_like(old), 0.2)
     assert (new - old).mean().item() == pytest.approx(0.0, abs=1e-15)  # what a signed mean would report
-    assert stats["max_abs_log_ratio"].item() == pytest.approx(0.01, abs=1e-12)
+    assert stats["max_abs_log_ratio"].item() == pytest.approx(0.02, abs=1e-12)
 
 
 def test_c5_mixed_temperatures_fail_the_first_minibatch() -> None:
@@ -177,10 +178,7 @@ def test_d7_sums_divided_once_are_the_token_mean() -> None:
     zeros = torch.zeros(2, 3, dtype=torch.float64)
     advantages = torch.tensor([[1.0] * 3, [-1.0] * 3], dtype=torch.float64)
     full, _ = policy_loss(zeros, zeros, advantages, mask, 0.2)
-    micro = [
-        policy_loss(zeros[i : i + 1], zeros[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 0.2)[0]
-        for i in range(2)
-    ]
+    micro = [policy_loss(zeros[i : i + 1], zeros[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 0.2)[0] for i in range(2)]
     assert (full / mask.sum()).item() == ((micro[0] + micro[1]) / mask.sum()).item() == 0.5
     mean_of_means = sum(loss / tokens for loss, tokens in zip(micro, mask.sum(dim=1), strict=True)) / 2
     assert mean_of_means == 0.0  # the known wrong number
@@ -257,8 +255,6 @@ def test_explained_variance_by_definition() -> None:
         pytest.param([0.3, 0.2, 0.9], [0.1, 0.2, 0.3], [0, 0, 0], 0.0, id="no token"),
     ],
 )
-def test_explained_variance_known_cases(
-    values: list[float], returns: list[float], mask: list[int], expected: float
-) -> None:
+def test_explained_variance_known_cases(values: list[float], returns: list[float], mask: list[int], expected: float) -> None:
     actual = explained_variance(torch.tensor([values]), torch.tensor([returns]), torch.tensor([mask]))
     assert actual.item() == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,107 @@
+"""Stages run whole, on models of a few thousand weights, each in a fork of the test process: imports are paid once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from rlhf.config.parse import parse
+from rlhf.errors import RlhfError
+from rlhf.paths import STAGES
+
+torch.set_num_threads(1)
+
+
+def stage_module(stage: str) -> ModuleType:
+    """A fresh copy of the recipe, to run or to break."""
+    spec = importlib.util.spec_from_file_location(f"stage_{stage}", STAGES / f"{stage}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def fork(body, *arguments, log: Path | None = None) -> int:
+    """Starts `body` in a child and returns its pid; the child's exit code is what the command's would be."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 0
+    try:
+        if log is not None:
+            sys.stdout = sys.stderr = log.open("a", buffering=1)
+        body(*arguments)
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    except RlhfError as error:
+        print(f"rlhf: error: {error}", flush=True)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        code = 70
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(stage: str, arguments: list[str], log: Path | None = None, change=None) -> int:
+    """Runs a stage to its end; `change(module)` may break it first."""
+    return wait(start(stage, arguments, log, change))
+
+
+def start(stage: str, arguments: list[str], log: Path | None = None, change=None, environment: dict[str, str] | None = None) -> int:
+    def body() -> None:
+        os.environ.update(environment or {})
+        module = stage_module(stage)
+        if change is not None:
+            change(module)
+        module.main(parse(stage, arguments))
+
+    return fork(body, log=log)
+
+
+def run_on_two(stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
+    """Exit codes of a run in two processes, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    pids = [start(stage, arguments, log, change, common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
+    return [wait(pid) for pid in pids]
+
+
+def metrics(output: Path) -> list[dict]:
+    """metrics.jsonl without what may differ between equal runs."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def flags(stage: str, world: Path, output: Path, **more: object) -> list[str]:
+    """A small run of a stage; keyword names have `__` for the dots of a field."""
+    common = {"output": output, "threads": 1, "schedule__length": 4, "schedule__unit": "steps", "checkpoint__every": 1}
+    own = {
+        "sft": {"model": world / "model", "data": world / "sft.jsonl", "data__eval": world / "sft.jsonl", "batch_size": 9,
+                "optimizer__lr": 1e-3},
+        "rm": {"model": world / "model", "data": world / "pairs.jsonl", "data__eval": world / "pairs.jsonl", "batch_size": 9,
+               "optimizer__lr": 1e-3},
+        "ppo": {"actor": world / "model", "critic": world / "critic", "reward": "count:a", "data": world / "prompts.jsonl",
+                "data__eval": world / "prompts.jsonl", "data__eval_limit": 6, "rollout__batch_size": 13,
+                "rollout__max_new_tokens": 6, "ppo__minibatch_size": 7, "ppo__epochs": 2, "optimizer__lr": 1e-3,
+                "optimizer__critic_lr": 1e-3, "rollout__temperature": 0.7},
+    }[stage]  # fmt: skip
+    merged = {**common, **own, **more}
+    return [f"--{name.replace('__', '.')}={value}" for name, value in merged.items()]

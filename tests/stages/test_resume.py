@@ -1,0 +1,124 @@
+"""Killed anywhere, the same command goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import flags, metrics, run, run_on_two, start, wait
+
+STAGES = ("sft", "rm", "ppo")
+
+
+def arguments(stage: str, world: Path, output: Path) -> list[str]:
+    return flags(stage, world, output, schedule__length=8)
+
+
+def left(output: Path) -> dict[str, object]:
+    """All that must be equal to the bit: metrics, samples, results, and the last training checkpoint."""
+    files = [path for part in ("model", "critic", "checkpoints/step-8") for path in sorted((output / part).glob("*"))]
+    contents = {str(path.relative_to(output)): path.read_bytes() for path in files}
+    samples = (output / "samples.jsonl").read_text() if (output / "samples.jsonl").exists() else ""
+    return contents | {"metrics": metrics(output), "samples": samples}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    """(what a run leaves, seconds it took) by stage."""
+    found = {}
+    for stage in STAGES:
+        output, began = tmp_path_factory.mktemp("whole") / stage, time.monotonic()
+        assert run(stage, arguments(stage, world, output), output.parent / "log") == 0, (output.parent / "log").read_text()
+        found[stage] = left(output), time.monotonic() - began
+    return found
+
+
+def kill_until_done(stage: str, world: Path, output: Path, seconds: float, seed: int) -> int:
+    """Kills the run at random moments, at most four times; how often it was killed."""
+    draw, log, kills = random.Random(seed), output.parent / "log", 0
+    while True:
+        pid = start(stage, arguments(stage, world, output), log)
+        if kills < 4:
+            time.sleep(draw.uniform(0.05, 1.0) * seconds)
+            os.kill(pid, signal.SIGKILL)
+        code = wait(pid)
+        if code == 0:
+            return kills
+        assert code == -signal.SIGKILL, log.read_text()
+        kills += 1
+
+
+@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill(stage, trial, world, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted[stage]
+    kills = kill_until_done(stage, world, tmp_path / stage, seconds, seed=trial)
+    assert kills > 0 or trial > 0
+    assert left(tmp_path / stage) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(3, 13))
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill_again(stage, trial, world, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted[stage]
+    kill_until_done(stage, world, tmp_path / stage, seconds, seed=trial)
+    assert left(tmp_path / stage) == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_and_says_so(stage, world, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted[stage]
+    output, log = tmp_path / stage, tmp_path / "log"
+    pid = start(stage, arguments(stage, world, output), log)
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert wait(pid) == 143, log.read_text()
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 143)
+    assert run(stage, arguments(stage, world, output), log) == 0, log.read_text()
+    assert left(output) == expected
+    before = (output / "run.json").read_bytes()
+    assert run(stage, arguments(stage, world, output), log) == 0  # finished: not run again
+    assert (output / "run.json").read_bytes() == before
+
+
+def test_a_changed_seed_is_refused(world, tmp_path):
+    output, log = tmp_path / "sft", tmp_path / "log"
+    pid = start("sft", arguments("sft", world, output), log)
+    while not list((output / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    assert run("sft", [*arguments("sft", world, output), "--seed=1"], log) == 65
+    assert "seed: 0 -> 1" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_killed(stage, world, tmp_path):
+    """Both ranks die with the launcher; the same command in two processes goes on to the bits of an unbroken run."""
+    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+    assert run_on_two(stage, arguments(stage, world, whole), log) == [0, 0], log.read_text()
+
+    def die_at_five(module) -> None:
+        import rlhf.training.session as session
+
+        right = session.Training.report
+
+        def report(self, step, *more):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return right(self, step, *more)
+
+        session.Training.report = report
+
+    assert run_on_two(stage, arguments(stage, world, broken), log, die_at_five) == [-9, -9]
+    assert run_on_two(stage, arguments(stage, world, broken), log) == [0, 0], log.read_text()
+    assert left(broken) == left(whole)
