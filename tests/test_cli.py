@@ -84,9 +84,7 @@ def raiser(error: BaseException):
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_path_and_copy(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_path_and_copy(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["path", stage]) == 0
     recipe = Path(capsys.readouterr().out.strip())
@@ -97,9 +95,7 @@ def test_path_and_copy(
         assert Path(target).read_bytes() == recipe.read_bytes()
 
 
-def test_copy_overwrites_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_copy_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("sft.py").write_text("mine")
     assert main(["copy", "sft"]) == 73

@@ -99,9 +99,7 @@ def test_a_broken_cache_is_an_empty_one(large: Path, hashed: list[Path], cache: 
     assert len(hashed) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
-    large: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(large: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(large / "below_a_file"))
     assert digest.file_digest(large) == digest.file_digest(large)
     assert len(hashed) == 2

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf"
 STAGES = ROOT / "stages"
 PICTURE = (
-    "errors paths digest | config | functional | fp8 | checkpoints data"
-    " | models | rollout | runs | report | training | cli"
+    "errors paths digest | config | functional | fp8 | checkpoints data | models | rollout | runs | report | training | cli"
 )
 RANK = {layer: rank for rank, layers in enumerate(PICTURE.split("|")) for layer in layers.split()}
 DOORS = {"__init__", "__main__"}  # rlhf/__init__.py and rlhf/__main__.py stand in front of every layer

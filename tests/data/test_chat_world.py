@@ -204,9 +204,7 @@ def test_annotators_err_as_bradley_and_terry_say(world: Path) -> None:
 
 
 def test_minimal_pairs_differ_in_correctness_alone(world: Path) -> None:
-    rows = [
-        row for row in read_rows(world / "pairs.jsonl") if all(judge([row["prompt"]], [row["rejected"]])["grammatical"])
-    ]
+    rows = [row for row in read_rows(world / "pairs.jsonl") if all(judge([row["prompt"]], [row["rejected"]])["grammatical"])]
     minimal = 0
     for row in rows:
         scores = judge([row["prompt"]] * 2, [row["chosen"], row["rejected"]])

@@ -63,7 +63,9 @@ def run(stage: str, arguments: list[str], log: Path | None = None, change=None) 
     return wait(start(stage, arguments, log, change))
 
 
-def start(stage: str, arguments: list[str], log: Path | None = None, change=None, environment: dict[str, str] | None = None) -> int:
+def start(
+    stage: str, arguments: list[str], log: Path | None = None, change=None, environment: dict[str, str] | None = None
+) -> int:
     def body() -> None:
         os.environ.update(environment or {})
         module = stage_module(stage)

@@ -47,7 +47,9 @@ def outcome(output) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
 
 def losses(lines: list[dict]) -> list[float]:
-    return [line[name] for line in lines for name in ("loss", "policy/loss", "value/loss", "optimizer/grad_norm") if name in line]
+    return [
+        line[name] for line in lines for name in ("loss", "policy/loss", "value/loss", "optimizer/grad_norm") if name in line
+    ]
 
 
 @pytest.fixture(scope="module", params=[(s, p) for s in STAGES for p in ("fp64", "fp32")], ids=lambda p: "-".join(p))

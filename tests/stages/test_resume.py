@@ -73,7 +73,7 @@ def test_sigkill_again(stage, trial, world, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigterm_saves_and_says_so(stage, world, uninterrupted, tmp_path):
-    expected, seconds = uninterrupted[stage]
+    expected, _ = uninterrupted[stage]
     output, log = tmp_path / stage, tmp_path / "log"
     pid = start(stage, arguments(stage, world, output), log)
     while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():

@@ -1,0 +1,111 @@
+"""What README and docs say is so: commands run, defaults are the schema's, shipped configs load."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.config.parse import parse
+from rlhf.config.schema import STAGES, PpoConfig, Section
+from rlhf.paths import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A directory with the model and the files README's commands name."""
+    from rlhf.training.tiny import write_tiny_model
+
+    write_tiny_model(tmp_path, seed=0)
+    (tmp_path / "model").rename(tmp_path / "my-model")
+    for name, row in {
+        "chats": {"prompt": "a b", "completion": "c"},
+        "pairs": {"prompt": "a b", "chosen": "c", "rejected": "d"},
+        "prompts": {"prompt": "a b"},
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_run(command, user):
+    before = sorted(path.name for path in user.rglob("*"))
+    words = command.split()
+    assert words[0] == "rlhf"
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in user.rglob("*")) == before  # a dry run touches nothing; the unit test cleans up
+
+
+def test_readme_has_commands():
+    assert len(COMMANDS) >= 4
+    assert "make demo" in README
+    assert "make test" in README
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_quickstart_and_its_python(tmp_path, monkeypatch):
+    """README's Python lines answer a prompt with what a (shortened) quickstart leaves."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--sft.schedule.length", "60", "--rm.schedule.length", "10", "--ppo.schedule.length", "3"]
+    subprocess.run([sys.executable, "-m", "rlhf", "run", "quickstart", *short], check=True, timeout=900)
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code is not None
+    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    again = subprocess.run(
+        [sys.executable, "-m", "rlhf", "run", "quickstart", *short], capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0
+    assert "done, kept" in again.stdout + again.stderr
+
+
+def test_defaults_in_the_docs_are_the_schemas():
+    text = (ROOT / "docs" / "ppo.md").read_text()
+    rows = re.findall(r"^\| ([a-z_]+)\.([a-z_]+) \| ([^|]+) \|", text, re.M)
+    assert len(rows) >= 15
+    for section, field, stated in rows:
+        part = PpoConfig.model_fields[section].annotation
+        assert part is not None
+        assert stated.strip() == str(part.model_fields[field].default), f"{section}.{field}"
+
+
+FLAGS = {
+    "sft": ["--model=m", "--data=d.jsonl"],
+    "rm": ["--model=m", "--data=d.jsonl"],
+    "ppo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
+}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_shipped_configs_load(file):
+    if file.parent.name == "launch":
+        assert yaml.safe_load(file.read_text())["compute_environment"] == "LOCAL_MACHINE"
+    elif file.stem != "pipeline":
+        stage = "ppo" if file.stem == "unit-test" else file.stem
+        assert parse(stage, [f"--config={file}", *FLAGS[stage]]).config.output
+
+
+def test_every_field_is_described():
+    def fields(model: type[Section]):
+        for name, field in model.model_fields.items():
+            nested = field.annotation
+            if isinstance(nested, type) and issubclass(nested, Section):
+                yield from fields(nested)
+            else:
+                yield f"{model.__name__}.{name}", field.description
+
+    missing = [name for stage in STAGES.values() for name, text in fields(stage) if not text]
+    assert not missing
