@@ -1,0 +1,124 @@
+"""Rollouts: the right tokens, whoever samples them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.errors import DataError
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.load import Loading, load_actor, load_tokenizer
+from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.rewards import CountReward, call_by_name, checked_scores, load_function
+from rlhf.rollout.sampling import Sampling, sample, uniform
+from rlhf.training.tiny import write_tiny_model
+
+PROMPTS = [[2, 3, 4], [5, 6], [7, 8, 9, 2, 3], [4], [2, 3, 4], [9, 9]]
+SEEDS = [11, 22, 33, 44, 55, 66]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(directory, seed=0)
+    return directory
+
+
+def engine(tiny, batch_size: int = 64) -> NativeEngine:
+    made = NativeEngine(nullcontext, stop_ids=[1], pad_id=0, batch_size=batch_size)
+    made.sync(ActorCritic(actor=load_actor(str(tiny / "model"), Loading())), version=7)
+    return made
+
+
+def test_greedy_is_generate(tiny):
+    samples = engine(tiny).generate(PROMPTS, Sampling(12, temperature=0), SEEDS)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    for prompt, response in zip(PROMPTS, samples.responses, strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0)
+        assert response == expected[0, len(prompt) :].tolist()
+    assert samples.version == 7
+
+
+def test_a_row_does_not_depend_on_its_company(tiny):
+    sampling = Sampling(12, temperature=0.9)
+    together = engine(tiny).generate(PROMPTS, sampling, SEEDS)
+    in_twos = engine(tiny, batch_size=2).generate(PROMPTS, sampling, SEEDS)
+    backwards = engine(tiny).generate(PROMPTS[::-1], sampling, SEEDS[::-1])
+    alone = [engine(tiny).generate([p], sampling, [s]).responses[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert together.responses == in_twos.responses == backwards.responses[::-1] == alone
+    assert together.responses[0] != together.responses[4]  # equal prompts, other seeds
+    assert len({len(response) for response in together.responses}) > 1
+    for response, finished in zip(together.responses, together.finished, strict=True):
+        assert finished == (response[-1] == 1)
+        assert finished or len(response) == 12
+
+
+def test_logprobs_are_the_models(tiny):
+    samples = engine(tiny).generate(PROMPTS, Sampling(8, temperature=0.7, top_k=4), SEEDS)
+    model = load_actor(str(tiny / "model"), Loading())
+    for prompt, response, logprobs in zip(PROMPTS, samples.responses, samples.logprobs, strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
+
+
+def test_finished_rows_leave_the_batch(tiny):
+    made, sizes = engine(tiny), []
+    made.weights.actor.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    made.generate(PROMPTS * 4, Sampling(12, temperature=1.2), list(range(24)))
+    assert sizes[0] == 24
+    assert sizes[-1] < 24
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def splitmix64(seed: int, place: int) -> int:
+    """The reference algorithm on Python's integers (Steele, Lea and Flood 2014)."""
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def test_splitmix64():
+    assert splitmix64(0, 0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
+    seeds = [0, 1, 12345, 2**62 + 17, 2**63 - 1]
+    for place in (0, 1, 2, 1000):
+        expected = [(splitmix64(seed, place) >> 11) * 2.0**-53 for seed in seeds]
+        assert uniform(torch.tensor(seeds), place).tolist() == expected
+
+
+def test_frequencies_are_the_softmax():
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
+    count = 20000
+    logits = probabilities.log().expand(count, 5)
+    tokens, _ = sample(logits, Sampling(1), torch.arange(count) * 7919, 3)
+    observed = torch.bincount(tokens, minlength=5).double()
+    expected = probabilities.double() * count
+    assert observed[4] == 0
+    assert ((observed - expected)[:4] ** 2 / expected[:4]).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+def test_filters_leave_out_what_they_should():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(2000, 4)
+    assert set(sample(logits, Sampling(1, top_k=2), torch.arange(2000), 0)[0].tolist()) == {0, 1}
+    assert set(sample(logits, Sampling(1, top_p=0.7), torch.arange(2000), 0)[0].tolist()) == {0, 1}
+
+
+def test_rewards_say_what_is_wrong(tiny, tmp_path):
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    with pytest.raises(DataError, match="no single token"):
+        CountReward("zebra", tokenizer)
+    with pytest.raises(DataError, match="cannot import"):
+        load_function("no.such.module:f")
+    with pytest.raises(DataError, match="has no function"):
+        load_function("math:no_such")
+    with pytest.raises(DataError, match="asks for answers"):
+        call_by_name(lambda answers: [1.0], "mine.py:f", prompts=[], responses=[])
+    for bad, message in (([1.0], "1 values, expected a list of 2"), ([1.0, None], "reply 1 is None"), (3, "int, expected")):
+        with pytest.raises(DataError, match=message):
+            checked_scores(bad, 2, "mine.py:f")
