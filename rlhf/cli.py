@@ -26,7 +26,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   run PIPELINE     all three stages, one after the other   rlhf run quickstart
   sft              supervised fine-tuning                  rlhf sft --config sft --model DIR --data chats.jsonl
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
-  ppo              PPO against a reward                    rlhf ppo --config ppo --actor runs/sft --reward runs/rm --data prompts.jsonl
+  ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
   show RUN         what a run was made from                rlhf show runs/ppo
   path STAGE       where a stage's recipe is               rlhf path ppo
