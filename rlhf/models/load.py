@@ -7,6 +7,7 @@ of them, in every stage: PPO's ratio needs it, and one rule is easier to reason 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,11 @@ def _from_config(factory: Any, source: Source, loading: Loading) -> PreTrainedMo
 def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     adapter = Path(source.path) / "adapter_config.json"
     if adapter.exists():
-        from rlhf.models.lora import load_adapter  # lora.py needs this module to open the adapter's base
+        from rlhf.models.lora import merged_adapter  # peft costs five CPU seconds to import; only those who use it pay
 
-        return load_adapter(factory, source, loading, changes)
+        scalar = "num_labels" in changes
+        open_base = partial(load_scalar, new_head=True) if scalar else load_actor
+        return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, loading))
     try:
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, **changes)
         return factory.from_pretrained(

@@ -8,6 +8,7 @@ stage that would produce one is refused unless it merges too.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from rlhf.config.schema import Lora
 from rlhf.digest import tree_digest
 from rlhf.errors import DataError
 from rlhf.models.heads import HEAD
-from rlhf.models.load import Loading, load_actor, load_scalar
-from rlhf.models.source import Source
 
 BASE = "base.json"
 
@@ -45,21 +44,18 @@ def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
         raise DataError(f"lora.targets {lora.targets!r} does not fit {type(model).__name__}: {error}") from error
 
 
-def load_adapter(
-    factory: Any, source: Source, loading: Loading, changes: dict[str, Any]
+def merged_adapter(
+    directory: Path, scalar: bool, open_base: Callable[[str], PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base of an adapter directory with the adapter merged in, and a loading report as transformers gives it."""
-    directory = Path(source.path)
-    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    config = PeftConfig.from_pretrained(str(directory))
+    base = config.base_model_name_or_path
     if base is None:
         raise DataError(f"{directory}/adapter_config.json: no base_model_name_or_path, so its base is unknown")
     _check_base(directory, base)
-    scalar = "num_labels" in changes
-    model = load_scalar(base, loading, new_head=True) if scalar else load_actor(base, loading)
-    merged = PeftModel.from_pretrained(model, directory).merge_and_unload()  # pyright: ignore[reportArgumentType, reportCallIssue]
-    own_head = scalar and PeftConfig.from_pretrained(str(directory)).task_type == TaskType.SEQ_CLS
-    missing = {f"{HEAD}.weight"} if scalar and not own_head else set()
-    return merged, {"missing_keys": missing, "unexpected_keys": set()}
+    merged = PeftModel.from_pretrained(open_base(base), directory).merge_and_unload()  # pyright: ignore
+    own_head = scalar and config.task_type == TaskType.SEQ_CLS
+    return merged, {"missing_keys": {f"{HEAD}.weight"} if scalar and not own_head else set(), "unexpected_keys": set()}
 
 
 def write_base(directory: Path, base: str) -> None:
