@@ -14,9 +14,7 @@ from torch import Tensor
 
 from rlhf.data.examples import PairExample, SftExample
 from rlhf.functional.masked import position_ids
-
-IGNORE = -100
-"""The label of a token without loss (`torch.nn.functional.cross_entropy`'s default `ignore_index`)."""
+from rlhf.functional.sft import IGNORED
 
 
 @dataclass(frozen=True)
@@ -99,4 +97,4 @@ def pair_batch(pairs: Sequence[PairExample], pad_id: int) -> TokenBatch:
 
 def _labels(ids: Tensor, trained: Sequence[Sequence[bool]]) -> Tensor:
     flags, _ = pad(trained, 0)
-    return torch.where(flags.bool(), ids, torch.full_like(ids, IGNORE))
+    return torch.where(flags.bool(), ids, torch.full_like(ids, IGNORED))

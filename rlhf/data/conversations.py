@@ -113,6 +113,8 @@ def check_prompt(messages: list[Message], name: str) -> list[Message]:
         raise BadRow(f"{name} is empty", "expected at least one message to answer")
     if messages[-1]["role"] == "assistant":
         raise BadRow(f"{name} ends with an assistant message", "a prompt ends with the message to answer")
+    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
+        raise BadRow(f"{name} has no user message with words in it", "expected a question or a task")
     return messages
 
 

@@ -37,7 +37,7 @@ class PairExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """`index` is the row's place in its file: with the step it seeds the replies, whatever rank samples them."""
+    """`index`: the row's place among the file's usable rows; with the step it seeds the replies, whatever rank samples them."""
 
     index: int
     ids: list[int]
@@ -49,7 +49,7 @@ class PromptExample:
 
 @dataclass(frozen=True)
 class Examples(Generic[Example]):
-    """What became of a file: examples, what happened on the way (one sentence each), and the file's digest."""
+    """What became of a file: examples, and what happened on the way, one sentence each."""
 
     items: list[Example]
     notes: list[str]
@@ -58,14 +58,19 @@ class Examples(Generic[Example]):
 def sft_examples(path: str, config: SftData, template: Template) -> Examples[SftExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
-    examples = []
+    examples, untrained = [], 0
     for row in rows.rows:
         ids, trained = _sft_tokens(row, template)
         if config.loss_on == "all":
             trained = [True] * len(ids)
-        if limit.allows(len(ids), row.where) and any(trained[1 : config.max_length]):
-            examples.append(SftExample(ids[: config.max_length], trained[: config.max_length]))
-    return _done(path, examples, rows.notes + limit.notes())
+        if not limit.allows(len(ids), row.where):
+            continue
+        if not any(trained[1 : config.max_length]):
+            untrained += 1
+            continue
+        examples.append(SftExample(ids[: config.max_length], trained[: config.max_length]))
+    dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
+    return _done(path, examples, rows.notes + limit.notes() + dropped)
 
 
 def pair_examples(path: str, config: Data, template: Template) -> Examples[PairExample]:

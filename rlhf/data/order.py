@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
+from rlhf.config.schema import Schedule
 from rlhf.digest import text_digest
 
 Item = TypeVar("Item")
@@ -43,16 +44,36 @@ def shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def batch_indices(step: int, batch_size: int, count: int, seed: int, epochs: int | None = None) -> list[int]:
-    """Row indices of a step's global batch; the last batch of the last epoch may be short, none is empty before it."""
-    end = (step + 1) * batch_size
-    if epochs is not None:
-        end = min(end, epochs * count)
-    return [shuffled(count, seed_of(seed, place // count))[place % count] for place in range(step * batch_size, end)]
+class Batches:
+    """Row indices of each step's global batch: `batches[step]`.
+
+    Args:
+        count: rows there are.
+        size: rows in a batch; the last batch of the last epoch may be short.
+        schedule: says how many epochs there are, or that there is no end to them.
+    """
+
+    def __init__(self, count: int, size: int, seed: int, schedule: Schedule) -> None:
+        self.count, self.size, self.seed = count, size, seed
+        self.rows = schedule.length * count if schedule.unit == "epochs" else None
+        self.length = schedule.length if self.rows is None else math.ceil(self.rows / size)
+        """The run's length: in steps, or in tokens if that is the schedule's unit."""
+
+    def __getitem__(self, step: int) -> list[int]:
+        start, end = step * self.size, (step + 1) * self.size
+        places = range(start, end if self.rows is None else min(end, self.rows))
+        return [shuffled(self.count, seed_of(self.seed, place // self.count))[place % self.count] for place in places]
 
 
-def steps_in(epochs: int, batch_size: int, count: int) -> int:
-    return math.ceil(epochs * count / batch_size)
+def minibatches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row indices of each optimizer step of PPO: every row once an epoch, in a new order from the second epoch on."""
+    for epoch in range(epochs):
+        order = shuffled(count, seed_of(seed, epoch)) if epoch else range(count)
+        yield from chunks(order, size)
+
+
+def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def share(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:

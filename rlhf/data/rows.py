@@ -21,7 +21,6 @@ Left out: chat templates, tokens and lengths (templates.py, examples.py), the or
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -48,11 +47,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The usable rows of a file in order; notes on what was changed or dropped; the sha256 of the file's bytes."""
+    """The usable rows of a file in order; notes on what was changed or dropped."""
 
     rows: list[Row]
     notes: list[str]
-    digest: str
 
 
 def read_rows(
@@ -107,9 +105,7 @@ def read_rows(
         notes.append(f"Bad rows were skipped: {_reasons(problems)}.")
     if repeats := _count_repeats(rows):
         notes.append(f"A prompt seen before is repeated in {_count(repeats)}.")
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Rows(rows, notes, digest)
+    return Rows(rows, notes)
 
 
 def _check_problems(path: Path, problems: list[Problem], total: int, allowed_fraction: float) -> None:

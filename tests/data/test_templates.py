@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.config.schema import Data, PromptData, SftData
-from rlhf.data.collate import IGNORE, pack, packed_batch, pair_batch, sft_batch
+from rlhf.data.collate import pack, packed_batch, pair_batch, sft_batch
 from rlhf.data.examples import SftExample, pair_examples, prompt_examples, sft_examples
 from rlhf.data.templates import Template, tokenizer_digests
 from rlhf.errors import DataError
@@ -71,8 +71,8 @@ def test_f5_only_replies_and_their_eos_are_trained(tokenizer):
     assert tokens == ids("<s> user hi </s> end assistant yes </s> end user why </s> end assistant so </s>")
     assert [WORDS[t] for t, on in zip(tokens, trained, strict=True) if on] == ["yes", "</s>", "so", "</s>"]
     batch, labels = sft_batch([SftExample(tokens, trained), SftExample(tokens[:8], trained[:8])], pad_id=2)
-    assert (labels[batch.attention_mask == 0] == IGNORE).all()
-    assert (labels != IGNORE).sum() == 6
+    assert (labels[batch.attention_mask == 0] == -100).all()
+    assert (labels != -100).sum() == 6
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
