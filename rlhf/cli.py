@@ -122,7 +122,7 @@ def _stage_flags(words: list[str]) -> dict[str, dict[str, str]]:
         if not name.startswith("--") or stage not in STAGES or not dotted:
             raise UsageError(f"{word}: unknown here; a stage's field is set as in --ppo.schedule.length 3\n{RUN_USAGE}")
         value = text if equals else next(remaining, None)
-        if value is None:
+        if value is None or (not equals and value.startswith("--")):
             raise UsageError(f"{word}: give a value after it")
         flags.setdefault(stage, {})[dotted] = value
     return flags

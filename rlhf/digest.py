@@ -71,9 +71,10 @@ def _hash(path: Path) -> str:
 
 def _remembered() -> dict[str, dict]:
     try:
-        return json.loads((cache_directory() / "digests.json").read_text())
+        found = json.loads((cache_directory() / "digests.json").read_text())
     except (OSError, ValueError):  # a cache that cannot be read is an empty one
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _remember(path: str, entry: dict) -> None:

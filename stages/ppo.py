@@ -21,7 +21,7 @@ Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -29,11 +29,10 @@ import torch
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import PpoConfig
 from rlhf.data.examples import PromptExample, prompt_examples
-from rlhf.data.order import batch_indices, row_seeds, seed_of, share, shuffled, steps_in
+from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
 from rlhf.functional.kl import controller
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.masked import zero_outside
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
@@ -46,9 +45,9 @@ from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.training import invariants
-from rlhf.training.accumulation import chunks
+from rlhf.training.accumulation import scoring_micro_batches
 from rlhf.training.entry import run_stage
-from rlhf.training.session import open_training
+from rlhf.training.opening import open_training
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
 
@@ -75,35 +74,39 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PromptExample]:
-            return train.read(path, prompt_examples(path, config.data, template), "prompts")
+            prompts = train.read(path, prompt_examples(path, config.data, template), "prompts")
+            longest = max(map(len, prompts)) + config.rollout.max_new_tokens
+            roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
+            return prompts
 
         prompts = read(config.data.train)
         held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         train.remember(running=running, kl=kl)
-        schedule, batch_size = config.schedule, config.rollout.batch_size
-        epochs = schedule.length if schedule.unit == "epochs" else None
-        length = steps_in(schedule.length, batch_size, len(prompts)) if epochs else schedule.length
-        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+        rollout = config.rollout
+        rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
+        batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
+        policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size)
         engine.sync(policy, version=train.step_done)
 
         def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
             """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
-            minis = chunks(range(len(asked)), config.ppo.minibatch_size)
-            micros = [
-                micro for mini in minis for micro in chunks(share(mini, train.rank, train.world_size), config.micro_batch_size)
-            ]
+            sizes = len(asked), config.ppo.minibatch_size, config.micro_batch_size
+            micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
             mine = [row for micro in micros for row in micro]
+            if not mine:  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
+                micros = [[0]]
+            drawn = [row for micro in micros for row in micro]
             with train.phase("rollout"):
-                samples = engine.generate([asked[row].ids for row in mine], sampling, [seeds[row] for row in mine])
+                samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
             with train.phase("score"):
-                texts, local = [asked[row].text for row in mine], {row: index for index, row in enumerate(mine)}
+                texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
                 places = [[local[row] for row in micro] for micro in micros]
                 temperature = sampling.temperature or 1.0  # greedy evaluation is scored as the policy itself
                 scored = score(samples, texts, places, policy, roles.reference, reward, temperature, pad_id)
-            parts = train.gather((mine, scored))
+            parts = [part for part in train.gather((mine, scored)) if part[0]]
             return concatenate([part for _, part in parts], [row for rows, _ in parts for row in rows])
 
         def evaluation(step: int) -> dict[str, float]:
@@ -122,11 +125,9 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
-            indices = batch_indices(step, batch_size, len(prompts), train.seed("data"), epochs)
-            asked = [prompts[index] for index in indices for _ in range(config.rollout.samples_per_prompt)]
-            experience = collect(
-                asked, row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked]), sampling_of(config)
-            )
+            asked = [prompts[index] for index in batches[step] for _ in range(config.rollout.samples_per_prompt)]
+            seeds = row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
+            experience = collect(asked, seeds, rollout_sampling)
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
@@ -139,8 +140,9 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
             warming_up = step < config.ppo.critic_warmup
+            sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
             with train.phase("update"):
-                for count, minibatch in enumerate(minibatches(config, train.seed("update", step), len(experience))):
+                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step))):
                     tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
                         part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
@@ -171,18 +173,6 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         train.finish(train.result, ["model", "critic"])
 
 
-def sampling_of(config: PpoConfig) -> Sampling:
-    rollout = config.rollout
-    return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
-
-
-def minibatches(config: PpoConfig, seed: int, count: int) -> Iterator[list[int]]:
-    """Rows of each optimizer step: every reply once an epoch, in a new order from the second epoch on."""
-    for epoch in range(config.ppo.epochs):
-        order = shuffled(count, seed_of(seed, epoch)) if epoch else range(count)
-        yield from chunks(order, config.ppo.minibatch_size)
-
-
 def ppo_loss(
     policy,
     part: Experience,
@@ -201,14 +191,9 @@ def ppo_loss(
     logprobs, values = token_logprobs(output.logits[:, :-1], part.tokens, config.rollout.temperature), output.values[:, :-1]
     of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
     of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
-    count = part.mask.sum()
-    stats.maximum("policy/max_abs_log_ratio", policy_stats.pop("max_abs_log_ratio"))
-    stats.maximum("value/max_abs_change", zero_outside(values.detach() - part.values, part.mask).abs().max())
-    named = {"policy/loss": of_policy.detach(), "value/loss": of_value.detach()}
-    named |= {f"policy/{name}": value for name, value in policy_stats.items()}
-    named |= {f"value/{name}": value for name, value in value_stats.items()}
-    for name, value in named.items():
-        stats.add(name, value, count)
+    for name, loss, of_loss in (("policy", of_policy, policy_stats), ("value", of_value, value_stats)):
+        of_loss = {f"{name}/{key}": value for key, value in (of_loss | {"loss": loss.detach()}).items()}
+        stats.add_all(of_loss, part.mask.sum())
     # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.
     return (0.0 if warming_up else 1.0) * of_policy + config.ppo.value_coef * of_value
 

@@ -19,14 +19,15 @@ from rlhf.config.parse import Invocation
 from rlhf.config.schema import RmConfig
 from rlhf.data.collate import pair_batch
 from rlhf.data.examples import PairExample, pair_examples
-from rlhf.data.order import batch_indices, steps_in
+from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
 from rlhf.models.roles import open_rm, read_last
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.training.entry import run_stage
-from rlhf.training.session import Training, open_training
+from rlhf.training.opening import open_training
+from rlhf.training.session import Training
 
 SHOW = ("loss", "accuracy", "optimizer/lr")
 
@@ -40,21 +41,20 @@ def main(invocation: Invocation) -> None:
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PairExample]:
-            return train.read(path, pair_examples(path, config.data, template), "pairs")
+            pairs = train.read(path, pair_examples(path, config.data, template), "pairs")
+            roles.check_context(max(map(len, pairs)), "data.max_length")
+            return pairs
 
         pairs = read(config.data.train)
         held_out = read(config.data.eval) if config.data.eval else []
         pad_id = roles.pad_id
 
-        schedule = config.schedule
-        epochs = schedule.length if schedule.unit == "epochs" else None
-        length = steps_in(schedule.length, config.batch_size, len(pairs)) if epochs else schedule.length
-        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+        batches = Batches(len(pairs), config.batch_size, train.seed("data"), config.schedule)
+        policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
-            indices = batch_indices(step, config.batch_size, len(pairs), train.seed("data"), epochs)
-            batch = sorted((pairs[index] for index in indices), key=len)
+            batch = sorted((pairs[index] for index in batches[step]), key=len)
             tokens = sum(map(tokens_of, batch))
 
             for micro in train.accumulate(batch, config.micro_batch_size):
@@ -95,12 +95,12 @@ def add_statistics(stats: Stats, weight: float, chosen: torch.Tensor, rejected: 
     stats.add(f"{prefix}score", weight * (chosen + rejected).sum() / 2, pairs)
 
 
-@torch.no_grad()
 def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample], pad_id: int, step: int) -> dict[str, float]:
     """Held-out accuracy with its 95% interval, beside the rule that the longer reply is the better one."""
     stats = Stats()
-    for micro in train.accumulate(sorted(pairs, key=len), config.micro_batch_size):
-        add_statistics(stats, micro.weight, *scores(policy, micro.items, pad_id, train.device), "eval/")
+    with train.evaluating():
+        for micro in train.accumulate(sorted(pairs, key=len), config.micro_batch_size):
+            add_statistics(stats, micro.weight, *scores(policy, micro.items, pad_id, train.device), "eval/")
     values = train.reduce(stats)
     low, high = wilson_interval(values["eval/accuracy"] * len(pairs), len(pairs))
     longer = [0.5 * (len(p.chosen) == len(p.rejected)) + (len(p.chosen) > len(p.rejected)) for p in pairs]

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import SftConfig
 from rlhf.data.collate import pack, packed_batch, sft_batch
 from rlhf.data.examples import SftExample, sft_examples
-from rlhf.data.order import batch_indices, steps_in
+from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.sft import sft_loss
 from rlhf.models.roles import open_sft
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.training.entry import run_stage
-from rlhf.training.session import Training, open_training
+from rlhf.training.opening import open_training
+from rlhf.training.session import Training
 
 SHOW = ("loss", "optimizer/lr")
 
@@ -44,6 +43,7 @@ def main(invocation: Invocation) -> None:
         def read(path: str) -> list:
             """Examples, or with packing lists of examples that share a sequence."""
             rows = train.read(path, sft_examples(path, config.data, template), "rows")
+            roles.check_context(max(map(len, rows)), "data.max_length")
             return pack(rows, config.data.max_length) if config.data.packing else rows
 
         examples = read(config.data.train)
@@ -51,15 +51,14 @@ def main(invocation: Invocation) -> None:
         collate = packed_batch if config.data.packing else sft_batch
         pad_id = roles.pad_id
 
-        schedule = config.schedule
-        epochs = schedule.length if schedule.unit == "epochs" else None
-        length = steps_in(schedule.length, config.batch_size, len(examples)) if epochs else schedule.length
-        policy = train.prepare(roles.policy, config.optimizer, schedule, length)
+        batches = Batches(len(examples), config.batch_size, train.seed("data"), config.schedule)
+        policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
-            indices = batch_indices(step, config.batch_size, len(examples), train.seed("data"), epochs)
-            batch = sorted((examples[index] for index in indices), key=size)  # rows of like length share a micro-batch
+            if held_out and step == 0:
+                evaluate(train, config, policy, held_out, collate, pad_id, 0)
+            batch = sorted((examples[index] for index in batches[step]), key=size)  # rows of like length share a micro-batch
             tokens = sum(map(trained_tokens, batch))
 
             for micro in train.accumulate(batch, config.micro_batch_size):
@@ -91,14 +90,14 @@ def trained_tokens(row: SftExample | list[SftExample]) -> int:
     return sum(map(trained_tokens, row)) if isinstance(row, list) else sum(row.trained[1:])
 
 
-@torch.no_grad()
 def evaluate(train: Training, config: SftConfig, policy, rows: list, collate, pad_id: int, step: int) -> dict[str, float]:
     """Mean loss per trained token of held-out rows, and its exponential."""
     stats = Stats()
-    for micro in train.accumulate(sorted(rows, key=size), config.micro_batch_size):
-        inputs, labels = collate(micro.items, pad_id)
-        loss, count = sft_loss(policy(inputs.to(train.device), roles=("actor",)).logits, labels.to(train.device))
-        stats.add("eval/loss", micro.weight * loss, micro.weight * count)
+    with train.evaluating():
+        for micro in train.accumulate(sorted(rows, key=size), config.micro_batch_size):
+            inputs, labels = collate(micro.items, pad_id)
+            loss, count = sft_loss(policy(inputs.to(train.device), roles=("actor",)).logits, labels.to(train.device))
+            stats.add("eval/loss", micro.weight * loss, micro.weight * count)
     values = train.reduce(stats)
     values["eval/perplexity"] = math.exp(values["eval/loss"])
     train.record_evaluation(step, values)

@@ -73,7 +73,7 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> Field:
     """The field a type annotation stands for."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return describe(arguments[0], [limit for extra in arguments[1:] for limit in extra.metadata])
+        return describe(arguments[0], [limit for extra in arguments[1:] for limit in getattr(extra, "metadata", ())])
     if origin in (Union, types.UnionType):
         (only,) = [arm for arm in arguments if arm is not types.NoneType]
         return replace(describe(only), nullable=True)

@@ -7,13 +7,15 @@ ZeRO stage, sharding) stays in its launch file and is not here.
 
 from __future__ import annotations
 
+from os.path import expanduser
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(expanduser)]
 
 
 class Section(BaseModel):
@@ -21,7 +23,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str
+    path: Place
     """Weights to start from: a Hugging Face id (`id@revision`), a Hugging Face, GGUF or run directory or file."""
     from_scratch: bool = False
     """Draw random weights for the architecture in `path` instead of loading any (needs only its config and tokenizer)."""
@@ -89,9 +91,9 @@ class PpoSchedule(Schedule):
 
 
 class Data(Section):
-    train: str
+    train: Place
     """Training rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
-    eval: str | None = None
+    eval: Place | None = None
     """Held-out rows in the same form; none: no evaluation."""
     columns: dict[str, str] = {}
     """Our column name -> the file's (`prompt: question`)."""
@@ -106,7 +108,7 @@ class Data(Section):
     max_length: Count = 1024
     """Longest prompt + reply, in tokens."""
     too_long: Literal["fail", "skip", "truncate"] = "fail"
-    """A row past `max_length`: stop, leave it out and count it, or cut it (replies at their end, prompts at their start)."""
+    """A row past `max_length`: stop, leave it out and count it, or cut it (PPO: prompts at their start; else at the end)."""
 
 
 class SftData(Data):
@@ -132,6 +134,11 @@ class Checkpoint(Section):
     """How many of the newest to keep."""
 
 
+class PpoCheckpoint(Checkpoint):
+    every: Annotated[int, Field(ge=0)] = 10
+    """Iterations between training checkpoints; 0: only when a signal stops the run."""
+
+
 class Report(Section):
     samples: Annotated[int, Field(ge=0)] = 4
     """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""
@@ -142,7 +149,7 @@ class Report(Section):
 class Stage(Section):
     """What every stage has."""
 
-    output: str
+    output: Place
     """The run's directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Everything random follows from it."""
@@ -153,7 +160,7 @@ class Stage(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of the trunk."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of each process; 0: the cores shared out evenly."""
+    """CPU threads of each process; 0: OMP_NUM_THREADS where it is set, else the cores shared out evenly."""
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     lora: Lora = Lora()
@@ -171,9 +178,22 @@ class SftConfig(Stage):
     micro_batch_size: Count = 8
     """Rows per forward pass of one process; changes memory and speed, not the result."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only before the first and after the last."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        if self.model.from_scratch and self.lora.rank and not self.lora.merge:
+            raise ValueError(
+                "lora.merge must be true with model.from_scratch: an adapter's random base would lie nowhere on disk"
+            )
+        if self.data.packing and self.attention == "flash_attention_2" and self.micro_batch_size > 1:
+            raise ValueError(
+                "micro_batch_size must be 1 with data.packing and attention `flash_attention_2`: "
+                "it keeps packed rows apart in a batch of one sequence only"
+            )
+        return self
 
 
 class RmConfig(Stage):
@@ -192,11 +212,11 @@ class RmConfig(Stage):
 
 
 class Roles(Section):
-    actor: str
+    actor: Place
     """The policy to improve: any model source, usually the SFT run."""
-    reference: str | None = None
+    reference: Place | None = None
     """The frozen policy of the KL penalty; none: the actor as it starts."""
-    critic: str | None = None
+    critic: Place | None = None
     """A reward model to start the critic from, head included; `zero`: the actor's trunk with a zero head; none: the reward
     model if it is one, else `zero`."""
     mode: Literal["separate", "shared"] = "separate"
@@ -204,7 +224,7 @@ class Roles(Section):
 
 
 class Reward(Section):
-    source: str
+    source: Place
     """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), or a Python function: `module:function`
     or `file.py:function`, called with the arguments it names among prompts, responses; it returns one number per reply."""
     weight: float = 1.0
@@ -280,7 +300,7 @@ class Evaluation(Section):
     samples_per_prompt: Count = 1
     """Replies to each fixed prompt."""
     scorers: tuple[str, ...] = ()
-    """More Python functions to score the replies with (`module:function`), beside the reward."""
+    """More Python functions to score the replies with, beside the reward: `module:function` or `file.py:function`."""
 
 
 class PpoConfig(Stage):
@@ -297,7 +317,7 @@ class PpoConfig(Stage):
     """Replies per forward pass of one process, in scoring and update alike."""
     optimizer: PpoOptimizer = PpoOptimizer()
     schedule: PpoSchedule = PpoSchedule()
-    checkpoint: Checkpoint = Checkpoint(every=10)
+    checkpoint: PpoCheckpoint = PpoCheckpoint()
 
     @model_validator(mode="after")
     def _consistent(self) -> PpoConfig:

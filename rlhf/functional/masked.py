@@ -42,6 +42,10 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> F
     return masked_sum(x, mask) / mask.bool().sum().clamp(min=1)
 
 
+WHITENING_EPS = 1e-8
+"""Added to the variance; lm-human-preferences (2019), `core.py`, `whiten`."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and sum of squared deviations from the mean of some numbers, in double precision.
@@ -99,7 +103,7 @@ def whiten(
     mask: Shaped[Tensor, "B T"],
     moments: Moments,
     shift_mean: bool = True,
-    eps: float = 1e-8,
+    eps: float = WHITENING_EPS,
 ) -> Float[Tensor, "B T"]:
     """Scale `x` to variance 1 by the biased variance and shift its mean to 0, or keep the mean; 0 outside the mask.
 

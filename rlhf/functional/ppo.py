@@ -53,7 +53,7 @@ def value_loss(
     """Sum of half the larger of the squared errors of the value and of the value clipped to old value +- clip.
 
     `clip` is in units of the return; None turns it off. Statistics, detached sums: `clip_fraction` (tokens whose value
-    moved by more than the clip) and `error_sq` (squared error of the value itself).
+    moved by more than the clip) and `error_sq` (squared error of the value itself); `max_abs_change` is a maximum.
     """
     values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
     limit = torch.inf if clip is None else clip
@@ -61,7 +61,12 @@ def value_loss(
     error_sq = (values - returns).square()
     clipped_error_sq = (old_values + move.clamp(-limit, limit) - returns).square()
     loss = 0.5 * torch.maximum(error_sq, clipped_error_sq).sum()
-    return loss, {"clip_fraction": (move.detach().abs() > limit).sum(), "error_sq": error_sq.detach().sum()}
+    moved = move.detach().abs()
+    return loss, {
+        "clip_fraction": (moved > limit).sum(),
+        "error_sq": error_sq.detach().sum(),
+        "max_abs_change": moved.max(),
+    }
 
 
 def explained_variance(

@@ -12,20 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config.schema import Lora
+from rlhf.data.order import seed_of
 from rlhf.digest import tree_digest
 from rlhf.errors import DataError
 from rlhf.models.heads import HEAD
+from rlhf.models.source import Source
 
 BASE = "base.json"
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
-    """Wraps a model with fresh factors (B = 0, so it starts as its base); a scalar head stays fully trained."""
+def add_lora(model: PreTrainedModel, base: Source, lora: Lora, scalar: bool, seed: int) -> nn.Module:
+    """Wraps a model with fresh factors (A drawn from the seed, B = 0, so it starts as its base).
+
+    A scalar head stays fully trained.
+    """
     targets = lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
@@ -35,11 +41,14 @@ def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
         target_modules=targets,
         modules_to_save=[HEAD] if scalar else None,
         exclude_modules=[HEAD] if scalar else None,
+        revision=base.revision,
     )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.enable_input_require_grads()
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "lora", scalar))
+            return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise DataError(f"lora.targets {lora.targets!r} does not fit {type(model).__name__}: {error}") from error
 
@@ -47,19 +56,39 @@ def add_lora(model: PreTrainedModel, lora: Lora, scalar: bool) -> nn.Module:
 def merged_adapter(
     directory: Path, scalar: bool, open_base: Callable[[str], PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base of an adapter directory with the adapter merged in, and a loading report as transformers gives it."""
+    """The base of an adapter directory with the adapter merged in, and a loading report as transformers gives it.
+
+    Raises:
+        DataError: the adapter names no base, its base has changed, or it is a reward model's and a policy was asked for.
+    """
     config = PeftConfig.from_pretrained(str(directory))
     base = config.base_model_name_or_path
     if base is None:
         raise DataError(f"{directory}/adapter_config.json: no base_model_name_or_path, so its base is unknown")
+    if not scalar and config.task_type == TaskType.SEQ_CLS:
+        raise DataError(f"{directory}: an adapter with a scalar head: this is a reward model, not a policy")
     _check_base(directory, base)
+    base = f"{base}@{config.revision}" if config.revision else base
     merged = PeftModel.from_pretrained(open_base(base), directory).merge_and_unload()  # pyright: ignore
     own_head = scalar and config.task_type == TaskType.SEQ_CLS
     return merged, {"missing_keys": {f"{HEAD}.weight"} if scalar and not own_head else set(), "unexpected_keys": set()}
 
 
+def folded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, any adapters added in, under the names it has without them; the model stays as it is."""
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        module, found, leaf = name.partition(".base_layer.")
+        if found and leaf == "weight":
+            tensor = tensor + adapted[module].get_delta_weight("default")  # pyright: ignore[reportCallIssue]
+        if ".lora_" not in name:
+            weights[f"{module}.{leaf}" if found else name] = tensor
+    return weights
+
+
 def write_base(directory: Path, base: str) -> None:
-    """Records which weights an adapter belongs to; a hub id is its own record (it carries its revision)."""
+    """Records which weights an adapter belongs to; a hub id needs no record (adapter_config.json has its revision)."""
     digest = tree_digest(Path(base)) if Path(base).is_dir() else None
     (directory / BASE).write_text(json.dumps({"path": base, "digest": digest}, indent=2) + "\n")
 

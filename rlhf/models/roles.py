@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf.config.schema import Lora, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.schema import PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import ConfigError, DataError
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import last_index
-from rlhf.models.actor_critic import ActorCritic, value_head_for
+from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
 from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
@@ -82,6 +82,13 @@ class Roles:
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
+    def check_context(self, longest: int, field: str) -> None:
+        """Raises DataError where a row of `longest` tokens has more positions than the model."""
+        model = unwrapped(self.policy.actor or self.policy.critic)  # pyright: ignore[reportArgumentType]
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
+        if positions and longest > positions:
+            raise DataError(f"the longest row takes {longest} positions, the model has {positions}: lower {field}")
+
     @property
     def stop_ids(self) -> list[int]:
         return stop_ids(self.generation, self.tokenizer)
@@ -89,29 +96,35 @@ class Roles:
 
 def open_sft(config: SftConfig) -> Roles:
     model = load_actor(config.model.path, _loading(config), config.model.from_scratch)
-    actor = _with_lora(model, config.model.path, config.lora, scalar=False)
+    actor = _with_lora(model, config.model.path, config, scalar=False)
     return _roles(config.model.path, ActorCritic(actor=actor))
 
 
 def open_rm(config: RmConfig) -> Roles:
     model = load_scalar(config.model.path, _loading(config), new_head=True)
-    critic = _with_lora(model, config.model.path, config.lora, scalar=True)
+    critic = _with_lora(model, config.model.path, config, scalar=True)
     return _roles(config.model.path, ActorCritic(critic=critic))
 
 
 def open_ppo(config: PpoConfig) -> Roles:
     loading, source = _loading(config), config.roles
-    actor = _with_lora(load_actor(source.actor, loading), source.actor, config.lora, scalar=False)
+    actor = _with_lora(load_actor(source.actor, loading), source.actor, config, scalar=False)
     reward_source = reward_model_of(config)
     if source.mode == "shared":
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
     else:
         policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
     roles = _roles(source.actor, policy)
+    for role, spec in (("reference", source.reference), ("critic", source.critic), ("reward model", reward_source)):
+        if spec not in (None, "zero"):
+            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
     if config.kl.coef > 0:
-        roles.reference = Reference(freeze(ActorCritic(actor=load_actor(source.reference or source.actor, loading))))
+        reference = freeze(ActorCritic(actor=load_actor(source.reference or source.actor, loading)))
+        # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
+        # equal to the actor to the bit if its weights say the same; no optimizer has them and no forward records them.
+        reference.requires_grad_(config.lora.rank == 0)
+        roles.reference = Reference(reference)
     if reward_source is not None:
-        _same_tokenizer(source.actor, roles.tokenizer, reward_source)
         roles.reward = RewardModel(freeze(ActorCritic(critic=load_scalar(reward_source, loading))))
     return roles
 
@@ -127,37 +140,42 @@ def freeze(model: ActorCritic) -> ActorCritic:
 
 def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
     if source != "zero":
-        return _with_lora(load_scalar(source, loading, role="critic"), source, config.lora, scalar=True)
+        return _with_lora(load_scalar(source, loading, role="critic"), source, config, scalar=True)
     critic = load_scalar(config.roles.actor, loading, new_head=True)
     zero_head(critic)
-    return _with_lora(critic, config.roles.actor, config.lora, scalar=True)
+    return _with_lora(critic, config.roles.actor, config, scalar=True)
 
 
-def _with_lora(model: nn.Module, source: str, lora: Lora, scalar: bool) -> nn.Module:
+def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:
+    lora, source = config.lora, resolve(spec)
     if not lora.rank:
         return model
     from rlhf.models.lora import add_lora  # peft costs five CPU seconds to import; only those who use it pay
 
-    if not lora.merge and (Path(local(resolve(source)).path) / "adapter_config.json").exists():
+    if not lora.merge and (Path(local(source).path) / "adapter_config.json").exists():
         raise ConfigError(
-            f"lora: {source} is itself an adapter; a second one on top of it has no base on disk. "
+            f"lora: {spec} is itself an adapter; a second one on top of it has no base on disk. "
             "Set lora.merge: true here, or in the stage that made it"
         )
-    return add_lora(model, lora, scalar)  # pyright: ignore[reportArgumentType]
+    return add_lora(model, source, lora, scalar, config.seed)  # pyright: ignore[reportArgumentType]
 
 
 def _roles(source: str, policy: ActorCritic) -> Roles:
-    return Roles(policy, load_tokenizer(source), load_generation_config(source))
+    tokenizer, generation = load_tokenizer(source), load_generation_config(source)
+    stops = stop_ids(generation, tokenizer)
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    return Roles(policy, tokenizer, generation)
 
 
-def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, reward: str) -> None:
-    """Token ids are handed to the reward model as they are, so it must have been trained with the same ones."""
-    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(reward))
+def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, spec: str) -> None:
+    """Token ids of the actor are handed to the others as they are, so these must have been trained with the same ones."""
+    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(spec))
     for what in ("tokenizer", "template"):
         if ours[what] != theirs[what]:
             raise DataError(
-                f"the {what} of the reward model {reward} is not that of the actor {actor}; "
-                "train the reward model from this actor's SFT run, or give the actor its tokenizer"
+                f"the {what} of the {role} {spec} is not that of the actor {actor}; "
+                f"train the {role} from this actor's SFT run, or give the actor its tokenizer"
             )
 
 

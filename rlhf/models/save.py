@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
-from rlhf.models.lora import write_base
+from rlhf.models.lora import folded_weights, write_base
 
 
 def save_model(
@@ -27,6 +27,8 @@ def save_model(
 ) -> None:
     """Saves an actor or a scalar model. With LoRA it is the adapter, unless `merge` folds it into the weights."""
     partial = directory.with_name(f".{directory.name}-{os.getpid()}")
+    for left_by_a_kill in directory.parent.glob(f".{directory.name}-*"):
+        shutil.rmtree(left_by_a_kill)
     adapter = hasattr(model, "peft_config")
     if adapter and merge:
         model, adapter = model.merge_and_unload(), False  # pyright: ignore[reportCallIssue]
@@ -54,7 +56,7 @@ def critic_of(policy: ActorCritic) -> nn.Module:
     with torch.device("meta"):
         scalar = AutoModelForSequenceClassification.from_config(config)
     prefix = f"{actor.base_model_prefix}."
-    weights = {name: tensor for name, tensor in actor.state_dict().items() if name.startswith(prefix)}
+    weights = {name: tensor for name, tensor in folded_weights(actor).items() if name.startswith(prefix)}
     weights |= {f"{HEAD}.{name}": tensor for name, tensor in policy.value_head.state_dict().items()}
     scalar.load_state_dict(weights, assign=True)
     return scalar

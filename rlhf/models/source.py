@@ -40,7 +40,7 @@ def resolve(spec: str, role: Role = "model") -> Source:
     Raises:
         DataError: nothing of the kind is there; the message says what was looked for.
     """
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.is_dir():
         return _in_directory(path, role)
     if path.is_file():

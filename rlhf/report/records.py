@@ -32,6 +32,8 @@ class Records:
 
     def cut(self, step: int) -> None:
         """Leaves only what was known when `step` steps were done, so that a resumed run repeats no line."""
+        if not self.path.exists():
+            return
         kept = [record for record in self.read() if record["step"] <= step]
         partial = self.path.with_name(f".{self.path.name}-{os.getpid()}")
         partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")

@@ -20,6 +20,14 @@ class Stats:
         old_total, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_total + total, old_count + count)
 
+    def add_all(self, values: Mapping[str, Tensor], count: Number) -> None:
+        """Sums over `count` things each; what is named max_... is a maximum."""
+        for name, value in values.items():
+            if name.rpartition("/")[2].startswith("max_"):
+                self.maximum(name, value)
+            else:
+                self.add(name, value, count)
+
     def maximum(self, name: str, value: Number) -> None:
         value = float(value)
         self.maxima[name] = max(value, float(self.maxima.get(name, value)))

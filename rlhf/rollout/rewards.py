@@ -9,8 +9,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,8 @@ def load_function(source: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except (ImportError, FileNotFoundError) as error:
-        raise DataError(f"{source}: cannot import {place!r}: {error}") from error
+    except Exception as error:  # whatever the user's own module does
+        raise DataError(f"{source}: cannot import {place!r}: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise DataError(f"{source}: {place} has no function {name!r}")
     return getattr(module, name)
@@ -109,7 +111,11 @@ def call_by_name(function: Callable[..., Any], source: str, **offered: Any) -> A
     unknown = [name for name, p in wanted.items() if name not in offered and p.default is p.empty and p.kind not in (2, 4)]
     if unknown:
         raise DataError(f"{source}: asks for {', '.join(unknown)}; what can be given is {', '.join(offered)}")
-    return function(**{name: value for name, value in offered.items() if name in wanted})
+    try:
+        return function(**{name: value for name, value in offered.items() if name in wanted})
+    except Exception as error:  # the user's own code: the message says where in it
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(f"{source}: raised {type(error).__name__} at {place.filename}:{place.lineno}: {error}") from error
 
 
 def checked_scores(scores: Any, count: int, source: str) -> list[float]:
@@ -117,8 +123,10 @@ def checked_scores(scores: Any, count: int, source: str) -> list[float]:
     if not hasattr(scores, "__len__") or len(scores) != count:
         raise DataError(f"{source}: returned {_described(scores)}, expected a list of {count} numbers")
     for row, score in enumerate(scores):
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise DataError(f"{source}: the score of reply {row} is {score!r}, expected a finite number")
+        if hasattr(score, "item"):  # a number of torch or numpy
+            score = score.item()
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise DataError(f"{source}: the score of reply {row} is {score!r}, expected a finite number; mend the function")
     return [float(score) for score in scores]
 
 

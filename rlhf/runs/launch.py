@@ -31,7 +31,7 @@ def command(stage: str, launch: str, nproc: int, arguments: list[str], threads: 
         launch: `auto`, `cpu`, the name of a file in configs/launch, or the path of an Accelerate config file.
         nproc: processes over all machines; 1: as many as the launch file says.
         arguments: the stage's own.
-        threads: CPU threads of each process; 0: this machine's cores shared out evenly.
+        threads: CPU threads of each process; 0: OMP_NUM_THREADS, or this machine's cores shared out evenly.
 
     Raises:
         UsageError: no such launch file, or it cannot start as many processes.
@@ -160,7 +160,7 @@ def _environment(processes: int, local: int, threads: int) -> dict[str, str]:
     """`local`: how many of the processes are on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "OMP_NUM_THREADS": str(threads or max(1, cores // local)),
+        "OMP_NUM_THREADS": str(threads or os.environ.get("OMP_NUM_THREADS") or max(1, cores // local)),
         # Threads that spin while they wait take the cores from those that work.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -180,7 +180,12 @@ def _launch_file(launch: str) -> Path:
 def _settings(file: Path, nproc: int) -> dict[str, Any]:
     import yaml
 
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: not an Accelerate config: expected `name: value` lines; `accelerate config` writes one")
     kind = str(settings.get("distributed_type", "NO"))
     if settings.get("mixed_precision") not in (None, "no", False):
         raise ConfigError(

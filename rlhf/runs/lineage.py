@@ -16,7 +16,7 @@ from rlhf.config.schema import Stage
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
 from rlhf.models.source import resolve
-from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, versions
+from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, read_manifest, versions
 
 RunState = Literal["new", "resume", "done"]
 Verdict = Literal["ok", "changed", "missing", "by name"]
@@ -31,6 +31,9 @@ INPUT_FIELDS = {
     "data.eval": "data.eval",
 }
 """Input name -> config field, for the stages that have it."""
+
+SCORERS = "eval.scorers"
+"""A list of functions; each is an input by the name `eval.scorers[0]` and so on."""
 
 # Config sections that say where and how often to write, not what is computed.
 OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
@@ -61,11 +64,12 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
     """
     inputs = {}
     fields = _flat(config.model_dump(mode="json"))
-    for name, field in INPUT_FIELDS.items():
+    scorers = {f"{SCORERS}[{place}]": spec for place, spec in enumerate(fields.get(SCORERS, ()))}
+    fields |= scorers
+    for name, field in (INPUT_FIELDS | {name: name for name in scorers}).items():
         spec = fields.get(field)
         if spec is None or spec == "zero":  # a critic without a model of its own
             continue
-        spec = os.path.expanduser(spec)
         digest = _digest(name, spec)
         if digest is None:
             inputs[name] = {"path": spec, "digest": None, "parent": None}
@@ -81,7 +85,7 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
 def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on to the same bits: flat, by the names a person knows."""
     inputs = manifest["inputs"]
-    told_by_content = {INPUT_FIELDS[name] for name, entry in inputs.items() if entry["digest"] is not None}
+    told_by_content = {INPUT_FIELDS.get(name, name) for name, entry in inputs.items() if entry["digest"] is not None}
     config = {
         field: value
         for field, value in _flat(manifest["config"]).items()
@@ -123,7 +127,7 @@ def state_of(
     inputs = inputs_of(stage, config)
     if not (run / MANIFEST).is_file():
         return "new"
-    manifest = read_json(run / MANIFEST)
+    manifest = read_manifest(run)
     if manifest["schema_version"] != SCHEMA_VERSION:
         raise DataError(
             f"{run / MANIFEST}: schema_version {manifest['schema_version']}; this rlhf reads {SCHEMA_VERSION}; "
@@ -132,6 +136,8 @@ def state_of(
     if manifest["stage"] != stage:
         raise DataError(f"{run}: holds a run of {manifest['stage']}, not of {stage}; choose another --output")
     finished = manifest["finished"] is not None
+    if not finished and not any((run / "checkpoints").glob("*")):
+        return "new"  # it ended before there was anything to go on from
     changes = _changes(manifest, config, inputs, world_size, threads, ignored=MACHINE_FIELDS if finished else ())
     if changes and finished:
         raise _stale(f"{run}: holds a finished {stage} run of something else", changes, f"or delete {run}")
@@ -175,11 +181,11 @@ def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
     if name.startswith("data."):
         return _digest_of_file(Path(spec), f"{name}: ")
-    if name == "reward" and ":" in spec:
+    if (name == "reward" and ":" in spec) or name.startswith(SCORERS):
         file, _, function = spec.rpartition(":")
         if spec.startswith("count:") or not file.endswith(".py"):
             return None
-        return text_digest(f"{_digest_of_file(Path(file), 'reward.source: ')}:{function}")
+        return text_digest(f"{_digest_of_file(Path(file), f'{INPUT_FIELDS.get(name, name)}: ')}:{function}")
     source = resolve(spec, "critic" if name == "critic" else "model")
     if source.kind == "hub":
         return None

@@ -52,6 +52,18 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON: {error}") from error
 
 
+def read_manifest(run: Path) -> dict[str, Any]:
+    """run.json of a run.
+
+    Raises:
+        DataError: it is not JSON, or not the manifest of a run of ours.
+    """
+    manifest = read_json(run / MANIFEST)
+    if not isinstance(manifest, dict) or not {"schema_version", "stage", "inputs", "started", "finished"} <= set(manifest):
+        raise DataError(f"{run / MANIFEST}: not the manifest of a run of ours")
+    return manifest
+
+
 def versions() -> dict[str, str]:
     """Of everything that can change a run's bits."""
     packages = ("rlhf", "torch", "transformers", "accelerate", "peft")

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from rlhf import paths
 from rlhf.config.load import find_config, load
 from rlhf.config.parse import Invocation, parse
 from rlhf.config.schema import SHORT_FLAGS, Section
@@ -107,6 +108,9 @@ def run_pipeline(request: Request) -> int:
 def read(request: Request) -> tuple[Path, Pipeline]:
     """The pipeline's file and content. A name without a suffix is a directory of configs/."""
     named = request.pipeline.endswith((".yaml", ".yml", ".json"))
+    shipped = sorted(place.parent.name for place in paths.CONFIGS.glob("*/pipeline.yaml"))
+    if not named and request.pipeline not in shipped:
+        raise ConfigError(f"{request.pipeline}: no such pipeline; there is {', '.join(shipped)}, or give a .yaml file")
     file = find_config(request.pipeline if named else f"{request.pipeline}/pipeline")
     pipeline = load(Pipeline, file, [("output", request.output)] if request.output else [])
     stages = dict(pipeline.stages.items())
@@ -115,6 +119,11 @@ def read(request: Request) -> tuple[Path, Pipeline]:
             raise ConfigError(f"--{stage}...: {file} has no stage {stage}; it has {', '.join(stages)}")
         if "output" in request.overrides[stage]:
             raise ConfigError(f"--{stage}.output: a stage writes into the pipeline's output; set that with --output")
+        for name in ("launch", "nproc", "dry-run", "json"):
+            if name in request.overrides[stage]:
+                raise ConfigError(f"--{stage}.{name}: holds for all stages; write --{name}")
+        if "config" in request.overrides[stage]:
+            raise ConfigError(f"--{stage}.config: {file} says it; edit a copy of that file")
     return file, pipeline
 
 

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from rlhf.errors import DataError
 from rlhf.runs.lineage import Node, chain
-from rlhf.runs.manifest import MANIFEST, changed_files, read_json, read_status, seconds
+from rlhf.runs.manifest import MANIFEST, changed_files, read_manifest, read_status, seconds
 
 COLOURS = {"ok": "green", "changed": "red", "missing": "red", "by name": "dim"}
 
@@ -32,11 +32,11 @@ def describe_run(run: Path) -> Description:
         DataError: there is no run.
     """
     if not (run / MANIFEST).is_file():
-        runs = sorted(run.glob(f"*/{MANIFEST}"), key=lambda file: read_json(file)["started"])
+        runs = sorted(run.glob(f"*/{MANIFEST}"), key=lambda file: read_manifest(file.parent)["started"])
         if not runs:
             raise DataError(f"{run}: no run: there is no {MANIFEST} in it, nor in a directory in it")
         run = runs[-1].parent
-    manifest, status = read_json(run / MANIFEST), read_status(run)
+    manifest, status = read_manifest(run), read_status(run)
     finished = manifest["finished"] is not None
     return Description(
         run=str(run),

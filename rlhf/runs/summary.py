@@ -25,9 +25,9 @@ def summary(output: Path) -> dict[str, Any]:
     results = {name: manifest["result"] for name, manifest in finished.items()}
     figures: dict[str, Any] = {"output": str(output)}
     if "ppo" in results:
-        before, after = results["ppo"]["before"], results["ppo"]["after"]
+        before, after = (results["ppo"].get(name, {}) for name in ("before", "after"))  # empty without held-out prompts
         figures |= {"before": before, "after": after, "kl": after.get("kl")}
-    if "rm" in results:
+    if "eval/accuracy" in results.get("rm", {}):
         names = {"accuracy": "eval/accuracy", "low": "eval/accuracy_low", "high": "eval/accuracy_high"}
         figures["reward_model"] = {name: results["rm"].get(key) for name, key in names.items()}
     in_order = sorted(finished, key=lambda name: finished[name]["started"])

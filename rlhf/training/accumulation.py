@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from rlhf.data.order import share
+from rlhf.data.order import chunks, share
 
 Item = TypeVar("Item")
 
@@ -21,8 +21,9 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
-def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+def scoring_micro_batches(count: int, minibatch_size: int, size: int, rank: int, world_size: int) -> list[list[int]]:
+    """This rank's rows of an iteration of PPO, in the very micro-batches in which the first epoch takes them."""
+    return [micro for mini in chunks(range(count), minibatch_size) for micro in chunks(share(mini, rank, world_size), size)]
 
 
 def micro_batches(items: Sequence[Item], size: int, rank: int, world_size: int) -> list[MicroBatch]:

@@ -7,6 +7,7 @@ of the unit-test mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rlhf.config.schema import PpoConfig
 from rlhf.errors import CheckFailed
-from rlhf.functional.masked import Moments
+from rlhf.functional.masked import WHITENING_EPS, Moments
 from rlhf.rollout.experience import Experience
 
 ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
@@ -52,7 +53,8 @@ class Checks:
         """Raises CheckFailed, naming every check that does not hold."""
         if failed := self.failed():
             lines = "\n".join(f"  {c.name}: measured {c.measured}; it should be that {c.meaning}" for c in failed)
-            raise CheckFailed(f"the run's first iteration fails {len(failed)} of {len(self.results)} self-checks:\n{lines}")
+            names = ", ".join(c.name for c in failed)
+            raise CheckFailed(f"{len(failed)} of {len(self.results)} self-checks fail in the first iteration: {names}\n{lines}")
 
 
 def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> None:
@@ -80,8 +82,11 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
     )
     if config.ppo.whiten:
         assert experience.advantages is not None
+        assert experience.returns is not None
         moments = Moments.of(experience.advantages, experience.mask)
-        good = abs(moments.mean) < 1e-5 and abs(moments.std - 1) < 1e-3
+        variance = Moments.of(experience.returns - experience.values, experience.mask).variance
+        expected = math.sqrt(variance / (variance + WHITENING_EPS))  # not 1 where there is next to nothing to whiten
+        good = abs(moments.mean) < 1e-5 and abs(moments.std - expected) < 1e-3
         measured = f"mean {moments.mean:.1e}, std {moments.std:.4f}"
         checks.expect("whitening", good, measured, "advantages of all replies together have mean 0 and deviation 1")
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.schema import PpoConfig
+from rlhf.data.order import chunks
 from rlhf.functional.kl import ESTIMATORS
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.rollout.credit import RunningScores, credit, shaped_scores
 from rlhf.rollout.experience import Experience
-from rlhf.training.accumulation import chunks
 from rlhf.training.invariants import Checks
 
 GARBAGE = 1e6

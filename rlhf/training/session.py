@@ -1,4 +1,4 @@
-"""The verbs every stage shares: open a run, prepare a model, accumulate, step, check, report, save, resume, finish.
+"""The verbs every stage shares: prepare a model, accumulate, step, report, save, resume, finish.
 
 A stage owns its loop; this file owns what must be the same in all of them. Nothing here knows what is being trained.
 Randomness and data order are functions of (seed, stage, purpose, step), so a training checkpoint is weights, optimizer state
@@ -7,20 +7,16 @@ and a few counters, and a resumed run is equal to the bit.
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -28,20 +24,15 @@ from rlhf.config.schema import Optimizer, Schedule, Stage
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import CheckFailed, ConfigError, DataError, Preempted
+from rlhf.errors import CheckFailed, DataError, Preempted
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
-from rlhf.runs.lineage import inputs_of, state_of
-from rlhf.runs.lock import run_lock
-from rlhf.runs.manifest import MANIFEST, finish, new_manifest, read_json, versions, write_json, write_status
+from rlhf.runs.manifest import MANIFEST, finish, write_json
 from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from rlhf.training.signals import StopRequest
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for another gives up. Rollouts and scoring stand outside every collective."""
 
 
 class Stateful(Protocol):
@@ -92,6 +83,14 @@ class Training:
     def prepare_frozen(self, model: nn.Module) -> None:
         """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it."""
         self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no LoRA dropout."""
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -151,11 +150,15 @@ class Training:
         after = before + 1 / self.length if self.schedule.unit != "tokens" else self.progress()
         factor = schedule_factor(self.schedule, before, min(after, 1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0 if group["role"] in frozen_roles else group["peak"] * factor
+            group["lr"] = group["peak"] * factor
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         norm = float(norm) if norm is not None else 0.0
         if norm != norm or norm == float("inf"):
             raise CheckFailed(f"step {self.step_done}: the gradient norm is {norm}; the weights were not touched")
+        for group in self.optimizer.param_groups:
+            if group["role"] in frozen_roles:
+                for parameter in group["params"]:
+                    parameter.grad = None  # Adam skips it; a gradient of 0 would count as a step
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad()
         self.stats.add("optimizer/grad_norm", norm)
@@ -166,9 +169,6 @@ class Training:
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
         return gather_object([value]) if self.world_size > 1 else [value]
-
-    def total(self, value: float) -> float:
-        return float(sum(self.gather(float(value))))
 
     # ---- randomness --------------------------------------------------------------------------------------------------
 
@@ -269,76 +269,8 @@ class Training:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             finish(self.run, self.manifest, dict(result), outputs)
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _agree_to_stop(self) -> int:
         return max(self.gather(self.stop.pending()))
-
-
-@contextmanager
-def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
-    """Opens the run directory and the process group; whatever happens inside ends up in status.json.
-
-    Raises:
-        SystemExit: the run is finished already (code 0).
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    accelerator = _accelerator(config)
-    with ExitStack() as stack:
-        console = Console(stage, speak=accelerator.is_main_process)
-        stack.callback(console.close)
-        stop = StopRequest(config.max_hours)
-        stack.callback(stop.restore)
-        train = Training(stage, config, accelerator, console, stop)
-        if train.is_main:
-            stack.enter_context(run_lock(train.run))
-            if state_of(train.run, stage, config, train.world_size, torch.get_num_threads(), allow_inexact_resume) == "done":
-                console.note(f"{train.run} is finished already")
-                raise SystemExit(0)
-            inputs = inputs_of(stage, config)
-            resolved = config.model_dump(mode="json")
-            train.manifest = new_manifest(
-                stage, resolved, sys.argv, config.seed, train.world_size, torch.get_num_threads(), inputs, versions()
-            )
-            if (train.run / MANIFEST).exists():
-                train.manifest["started"] = read_json(train.run / MANIFEST)["started"]
-                train.manifest["inexact_resume"] = allow_inexact_resume
-            write_json(train.run / MANIFEST, train.manifest)
-            write_status(train.run, "running")
-        accelerator.wait_for_everyone()
-        if config.report.trackers:
-            accelerator.init_trackers(stage)
-        try:
-            yield train
-        except BaseException as error:
-            if train.is_main:
-                code = getattr(error, "exit_code", 70)
-                state = "preempted" if isinstance(error, Preempted) else "failed"
-                write_status(train.run, state, reason=str(error).split("\n")[0] or type(error).__name__, exit_code=code)
-            raise
-
-
-def _accelerator(config: Stage) -> Accelerator:
-    precision = "bf16" if config.precision == "bf16" else "no"
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        raise ConfigError(
-            f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
-        )
-    # accelerate spells the option below as torch no longer likes it; a user can do nothing about it
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=list(config.report.trackers) or None,
-        project_dir=config.output,
-        kwargs_handlers=[
-            # Rotary tables are buffers and never change; broadcasting them would make every forward a collective.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-        ],
-    )
-    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE") or accelerator.num_processes)
-    if accelerator.num_processes != expected:
-        raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
-    return accelerator

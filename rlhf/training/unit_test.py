@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from rlhf.config.schema import PpoConfig
-from rlhf.errors import CheckFailed
+from rlhf.errors import CheckFailed, ConfigError
 from rlhf.report.records import Records
 from rlhf.training import probes
 from rlhf.training.invariants import Checks
@@ -36,12 +36,15 @@ STANDARD_ERRORS = 3.0
 Ppo = Callable[..., None]
 
 
-def unit_test(config: PpoConfig, ppo: Ppo, as_json: bool = False, learn: bool = True) -> Checks:
+def unit_test(config: PpoConfig, ppo: Ppo, as_json: bool = False, learn: bool = True) -> NoReturn:
     """Runs the test, prints the table (or JSON) and exits 0 or 1; `learn` off leaves out the runs that show learning.
 
     Raises:
+        ConfigError: the precision is too coarse for the checks.
         SystemExit: always, with code 0 or 1.
     """
+    if config.precision == "bf16":
+        raise ConfigError("precision: the unit test compares numbers closer than bf16 can tell apart; use fp32 or fp64")
     checks = Checks()
     with tempfile.TemporaryDirectory(prefix="rlhf-unit-test-") as directory:
         config = _filled_in(config, Path(directory))

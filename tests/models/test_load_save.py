@@ -161,18 +161,20 @@ def test_transformers_scores_our_critic_as_we_do(tiny):
 def test_an_adapter_on_a_changed_base_is_refused(tiny, tmp_path):
     from rlhf.config.schema import Lora
     from rlhf.models.lora import add_lora
+    from rlhf.models.source import resolve
 
     (tmp_path / "base").mkdir()
     for file in (tiny / "llama").iterdir():
         (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
     base = load_actor(str(tmp_path / "base"), Loading())
     plain = base(IDS).logits
-    adapted = add_lora(base, Lora(rank=2), scalar=False)
+    adapted = add_lora(base, resolve(str(tmp_path / "base")), Lora(rank=2), scalar=False, seed=0)
     assert torch.equal(adapted(IDS).logits, plain)  # E6: at the start an adapter changes nothing
     save_model(adapted, tmp_path / "adapter", load_tokenizer(str(tiny / "llama")))
     assert torch.allclose(load_actor(str(tmp_path / "adapter"), Loading())(IDS).logits, plain, atol=1e-6)
     (tmp_path / "base" / "config.json").write_text((tmp_path / "base" / "config.json").read_text() + " ")
     with pytest.raises(DataError, match="changed since"):
         load_actor(str(tmp_path / "adapter"), Loading())
+    source, lora = resolve(str(tiny / "llama")), Lora(rank=2, targets="no_such_layer")
     with pytest.raises(DataError, match="targets"):
-        add_lora(load_actor(str(tiny / "llama"), Loading()), Lora(rank=2, targets="no_such_layer"), scalar=False)
+        add_lora(load_actor(str(tiny / "llama"), Loading()), source, lora, scalar=False, seed=0)

@@ -31,7 +31,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copyfile(STAND_IN, stages / f"{stage}.py")
     monkeypatch.setattr(paths, "STAGES", stages)
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FAULT", raising=False)
+    for name in ("FAULT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     place = tmp_path / "place"
     (place / "base").mkdir(parents=True)
     (place / "base" / "config.json").write_text("{}")

@@ -34,9 +34,10 @@ def main(stage: str, invocation: Invocation[Any], fault: str) -> None:
     config, run = invocation.config, Path(invocation.config.output)
     with run_lock(run):
         inputs = inputs_of(stage, config)
-        threads = int(os.environ["OMP_NUM_THREADS"])
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
         manifest = new_manifest(stage, config.model_dump(mode="json"), sys.argv, config.seed, 1, threads, inputs, versions())
         write_json(run / "run.json", manifest)
+        (run / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
         misbehave(run, fault)
         contents = "".join(entry["digest"] or "" for entry in inputs.values())
         outputs = ("model", "critic") if stage == "ppo" else ("model",)

@@ -43,6 +43,17 @@ class TestCommand:
             "ACCELERATE_USE_CPU": "true",
         }
 
+    def test_threads_are_the_configs_then_the_users(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert launch.command("rm", "cpu", 1, [])[1]["OMP_NUM_THREADS"] == "3"
+        assert launch.command("rm", "cpu", 1, [], threads=5)[1]["OMP_NUM_THREADS"] == "5"
+
+    def test_a_launch_file_that_is_none(self, tmp_path: Path) -> None:
+        for text, expected in (("a: [", "not valid YAML"), ("", "not an Accelerate config")):
+            (tmp_path / "mine.yaml").write_text(text)
+            with pytest.raises(ConfigError, match=expected):
+                launch.command("rm", str(tmp_path / "mine.yaml"), 1, [])
+
     def test_several_on_the_cpu_are_started_by_torchrun(self) -> None:
         argv, env = launch.command("ppo", "cpu", 2, ["--seed", "1"])
         assert argv[:5] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

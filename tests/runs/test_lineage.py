@@ -109,6 +109,9 @@ def test_new_resumed_and_done(make_run: Callable[..., None]) -> None:
     assert state_of(Path("sft"), "sft", config("sft")) == "new"
     make_run("sft", finished=False)
     assert state_of(Path("sft"), "sft", config("sft")) == "resume"
+    shutil.rmtree("sft/checkpoints")  # it never came as far as to save: there is nothing the mended data could spoil
+    change("sft.jsonl")
+    assert state_of(Path("sft"), "sft", config("sft", seed=1)) == "new"
     make_run("sft")
     assert state_of(Path("sft"), "sft", config("sft"), world_size=1, threads=1) == "done"
 

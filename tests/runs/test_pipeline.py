@@ -171,7 +171,7 @@ def test_mistakes_in_the_file(text: str, message: str, capfd: pytest.CaptureFixt
         (["pipeline.yaml", "--ppo.schedule.length"], 2, "give a value"),
         (["pipeline.yaml", "--schedule.length", "3"], 2, "--schedule.length: unknown here"),
         (["pipeline.yaml", "--seed", "x"], 2, "invalid int value"),
-        (["nothing"], 78, "nothing/pipeline: no such config"),
+        (["nothing"], 78, "nothing: no such pipeline; there is quickstart"),
         ([], 2, "required: pipeline"),
     ],
 )

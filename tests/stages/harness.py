@@ -76,14 +76,21 @@ def start(
     return fork(body, log=log)
 
 
-def run_on_two(stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
-    """Exit codes of a run in two processes, as torchrun would start them."""
+def start_on(processes: int, stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
+    """Starts a run in one process, or in several as torchrun would; returns their pids."""
+    if processes == 1:
+        return [start(stage, arguments, log, change)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    pids = [start(stage, arguments, log, change, common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
-    return [wait(pid) for pid in pids]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    ranks = map(str, range(processes))
+    return [start(stage, arguments, log, change, common | {"RANK": r, "LOCAL_RANK": r}) for r in ranks]
+
+
+def run_on_two(stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
+    """Exit codes of a run in two processes."""
+    return [wait(pid) for pid in start_on(2, stage, arguments, log, change)]
 
 
 def metrics(output: Path) -> list[dict]:

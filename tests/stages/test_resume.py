@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import flags, metrics, run, run_on_two, start, wait
+from harness import flags, metrics, run, start, start_on, wait
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -28,33 +28,44 @@ def left(output: Path) -> dict[str, object]:
     return contents | {"metrics": metrics(output), "samples": samples}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(world, tmp_path_factory):
-    """(what a run leaves, seconds it took) by stage."""
+def whole_runs(processes: int, world: Path, directory: Path) -> dict[str, tuple[dict[str, object], float]]:
+    """(what a run that nothing interrupts leaves, seconds it took) by stage."""
     found = {}
     for stage in STAGES:
-        output, began = tmp_path_factory.mktemp("whole") / stage, time.monotonic()
-        assert run(stage, arguments(stage, world, output), output.parent / "log") == 0, (output.parent / "log").read_text()
+        output, log, began = directory / stage, directory / "log", time.monotonic()
+        codes = [wait(pid) for pid in start_on(processes, stage, arguments(stage, world, output), log)]
+        assert codes == [0] * processes, log.read_text()
         found[stage] = left(output), time.monotonic() - began
     return found
 
 
-def kill_until_done(stage: str, world: Path, output: Path, seconds: float, seed: int) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    return whole_runs(1, world, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_on_two(world, tmp_path_factory):
+    return whole_runs(2, world, tmp_path_factory.mktemp("whole"))
+
+
+def kill_until_done(processes: int, stage: str, world: Path, output: Path, seconds: float, seed: int) -> None:
     """Kills the run at random moments, one to four times, and lets it end. A run that was never hit starts afresh."""
     draw, log, kills = random.Random(seed), output.parent / "log", 0
     while True:
-        pid = start(stage, arguments(stage, world, output), log)
+        pids = start_on(processes, stage, arguments(stage, world, output), log)
         if kills < 4:
             time.sleep(draw.uniform(0.05, 1.0) * seconds)
-            os.kill(pid, signal.SIGKILL)
-        code = wait(pid)
-        if code == 0 and kills:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        codes = {wait(pid) for pid in pids}
+        if codes == {0} and kills:
             return
-        if code == 0:
+        if codes == {0}:
             shutil.rmtree(output)
             seconds *= 0.8
             continue
-        assert code == -signal.SIGKILL, log.read_text()
+        assert codes <= {0, -signal.SIGKILL}, log.read_text()
         kills += 1
 
 
@@ -62,7 +73,7 @@ def kill_until_done(stage: str, world: Path, output: Path, seconds: float, seed:
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill(stage, trial, world, uninterrupted, tmp_path):
     expected, seconds = uninterrupted[stage]
-    kill_until_done(stage, world, tmp_path / stage, seconds, seed=trial)
+    kill_until_done(1, stage, world, tmp_path / stage, seconds, seed=trial)
     assert left(tmp_path / stage) == expected
 
 
@@ -71,7 +82,16 @@ def test_sigkill(stage, trial, world, uninterrupted, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_again(stage, trial, world, uninterrupted, tmp_path):
     expected, seconds = uninterrupted[stage]
-    kill_until_done(stage, world, tmp_path / stage, seconds, seed=trial)
+    kill_until_done(1, stage, world, tmp_path / stage, seconds, seed=trial)
+    assert left(tmp_path / stage) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill_of_two_processes(stage, trial, world, uninterrupted_on_two, tmp_path):
+    expected, seconds = uninterrupted_on_two[stage]
+    kill_until_done(2, stage, world, tmp_path / stage, seconds, seed=trial)
     assert left(tmp_path / stage) == expected
 
 
@@ -102,27 +122,3 @@ def test_a_changed_seed_is_refused(world, tmp_path):
     wait(pid)
     assert run("sft", [*arguments("sft", world, output), "--seed=1"], log) == 65
     assert "seed: 0 -> 1" in log.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_killed(stage, world, tmp_path):
-    """Both ranks die with the launcher; the same command in two processes goes on to the bits of an unbroken run."""
-    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
-    assert run_on_two(stage, arguments(stage, world, whole), log) == [0, 0], log.read_text()
-
-    def die_at_five(module) -> None:
-        import rlhf.training.session as session
-
-        right = session.Training.report
-
-        def report(self, step, *more):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return right(self, step, *more)
-
-        session.Training.report = report
-
-    assert run_on_two(stage, arguments(stage, world, broken), log, die_at_five) == [-9, -9]
-    assert run_on_two(stage, arguments(stage, world, broken), log) == [0, 0], log.read_text()
-    assert left(broken) == left(whole)

@@ -66,7 +66,7 @@ def test_packed_rows_do_not_see_each_other(world, tmp_path):
     assert run("sft", flags("sft", world, tmp_path / "plain", **whole), log) == 0, log.read_text()
     packed = whole | {"data__packing": "true", "data__max_length": 32}
     assert run("sft", flags("sft", world, tmp_path / "packed", **packed), log) == 0, log.read_text()
-    one, two = (metrics(tmp_path / name)[0]["loss"] for name in ("plain", "packed"))
+    one, two = (metrics(tmp_path / name)[1]["loss"] for name in ("plain", "packed"))
     assert one == pytest.approx(two, rel=1e-10)
 
 
@@ -113,3 +113,16 @@ def test_a_user_function_as_reward(world, tmp_path):
     assert run("ppo", bad, log) == 65
     assert "expected a finite number" in log.read_text()
     assert json.loads((tmp_path / "bad" / "status.json").read_text())["state"] == "failed"
+
+
+def test_tensorboard_shows_what_metrics_say(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = tmp_path / "log"
+    assert run("sft", flags("sft", world, tmp_path / "sft", report__trackers="tensorboard"), log) == 0, log.read_text()
+    events = EventAccumulator(str(tmp_path / "sft" / "sft"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    written = {line["step"]: line["loss"] for line in metrics(tmp_path / "sft") if "loss" in line}
+    assert shown == pytest.approx(written)
+    assert len(shown) == 4

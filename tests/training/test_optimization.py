@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
-from rlhf.data.order import batch_indices, row_seeds, steps_in
-from rlhf.training.accumulation import chunks, micro_batches
+from rlhf.training.accumulation import micro_batches
 from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 
 
@@ -73,24 +72,3 @@ def test_g8_micro_batches_cover_a_batch_once(count, size, world):
     counted = [item for part in parts for micro in part if micro.weight for item in micro.items]
     assert sorted(counted) == list(range(count))
     assert all(micro.items for part in parts for micro in part)
-
-
-def test_d12_every_row_once_an_epoch():
-    count, batch, epochs = 10, 4, 3
-    steps = [batch_indices(step, batch, count, 5, epochs) for step in range(steps_in(epochs, batch, count))]
-    rows = [row for step in steps for row in step]
-    assert len(rows) == count * epochs
-    assert [len(step) for step in steps] == [4] * 7 + [2]
-    for epoch in range(epochs):
-        assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count))
-    assert rows[:10] != rows[10:20]
-    assert batch_indices(2, batch, count, 5) == steps[2]
-    assert batch_indices(2, batch, count, 6) != steps[2]
-    assert chunks([1, 2, 3], 2) == [[1, 2], [3]]
-
-
-def test_g6_equal_prompts_have_unequal_seeds():
-    seeds = row_seeds(3, [7, 7, 8, 7])
-    assert len(set(seeds)) == 4
-    assert seeds == row_seeds(3, [7, 7, 8, 7])
-    assert all(0 <= seed < 2**63 for seed in seeds)
