@@ -29,10 +29,11 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
   show RUN         what a run was made from                rlhf show runs/ppo
+  convert SRC DST  a checkpoint into another format        rlhf convert megatron/ model/ --to hf --verify
   path STAGE       where a stage's recipe is               rlhf path ppo
   copy STAGE       a copy of the recipe, to edit           rlhf copy ppo my_ppo.py
 
-A model is a Hugging Face id (owner/name@revision), a model directory, a .gguf file or a run.
+A model is a Hugging Face id (owner/name@revision), a model directory, a Megatron checkpoint, a .gguf file or a run.
 `rlhf sft --help` lists every field of the config; each is a flag: --optimizer.lr 1e-5.
 --dry-run shows what a command would do and touches nothing; --json prints what a program can read; --version.
 """
@@ -40,6 +41,24 @@ A model is a Hugging Face id (owner/name@revision), a model directory, a .gguf f
 RUN_USAGE = """\
 rlhf run PIPELINE [--output DIR] [--seed N] [--launch NAME|FILE] [--nproc N] [--STAGE.FIELD VALUE ...]
                   [--allow-inexact-resume] [--dry-run] [--json]"""
+
+
+CONVERT_USAGE = """\
+rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--reference DIR]] [--json]
+
+  SRC is a Megatron checkpoint (legacy, core, torch_dist; its root or one iteration), a Hugging Face directory or a run.
+  What it is, how it is spread over ranks and every size are found out. What cannot be known:
+    --config DIR            a Hugging Face directory of the same model: config.json and tokenizer come from it
+    --family NAME           the table of names to use; an unknown name lists them
+    --rotary-base N         where neither args nor config.json say
+    --contiguous-gate       ranks hold the rows of [gate; up] one after the other (Pai's gpt3_llama converter, v0.5.1)
+  --to megatron and --to te (Transformer Engine's TransformerLayer):
+    --tp N --pp N --vpp N --ep N                           ranks to spread over (default: 1)
+    --names transformer-engine|local|legacy                (default: transformer-engine; --to te has its own)
+    --layout torch|torch_dist                              (default: torch; torch_dist fits any ranks)
+  --to bf16 and --to fp8 change the precision of a Hugging Face directory: E4M3 with a factor for each 128 x 128 block.
+  --shard-gb N              size of a safetensors file (default: 5)
+  --dry-run prints every tensor, its target and the operation, and touches nothing; --verify compares logits (exit 1)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "show": _show, "path": _path, "copy": _copy}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "show": _show,
+        "convert": _convert,
+        "path": _path,
+        "copy": _copy,
+    }
     match argv:
         case [] | ["-h" | "--help" | "help", *_]:
             print(HELP, end="")
@@ -141,6 +166,58 @@ def _show(argv: list[str]) -> int:
     else:
         print_run(described, sys.stdout)
     return 0
+
+
+def _convert(argv: list[str]) -> int:
+    parser = _Parser(CONVERT_USAGE)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--to", choices=("hf", "megatron", "te", "bf16", "fp8"), required=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--family")
+    parser.add_argument("--rotary-base", type=float)
+    parser.add_argument("--contiguous-gate", action="store_true")
+    for ranks in ("tp", "pp", "vpp", "ep"):
+        parser.add_argument(f"--{ranks}", type=_positive, default=1)
+    parser.add_argument("--names", choices=("transformer-engine", "local", "legacy"), default="transformer-engine")
+    parser.add_argument("--layout", choices=("torch", "torch_dist"), default="torch")
+    parser.add_argument("--shard-gb", type=float, default=5)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    given = parser.parse_args(argv)
+    if given.reference and not given.verify:
+        raise UsageError("--reference: only --verify compares with it; give both")
+
+    from rlhf.checkpoints.command import convert
+    from rlhf.checkpoints.convert import Request
+    from rlhf.checkpoints.sizes import Grid
+    from rlhf.models.source import resolve
+
+    source = given.source
+    if (source / "run.json").is_file():
+        source = Path(resolve(str(source)).path)
+    request = Request(
+        source=source,
+        destination=given.destination,
+        to=given.to,
+        family=given.family,
+        config=given.config,
+        rotary_base=given.rotary_base,
+        grid=Grid(given.tp, given.pp, given.vpp, given.ep),
+        names=given.names,
+        layout=given.layout,
+        contiguous_gate=given.contiguous_gate,
+        shard_bytes=int(given.shard_gb * 1e9),
+    )
+    return convert(request, given.dry_run, given.verify, given.reference, given.as_json)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
+    return int(text)
 
 
 def _path(argv: list[str]) -> int:

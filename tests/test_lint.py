@@ -19,6 +19,7 @@ SHIPPED = sorted(
     if file.is_file() and file.suffix in TEXT and not file.name.startswith(".")
 )
 # Everything that runs code hidden in the data it reads.
+RESTRICTED_UNPICKLER = "rlhf/checkpoints/pickles.py"  # the one module that may: foreign formats are pickles, read by allow-list
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_YAML = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
 UNSAFE_BUILTINS = {"eval", "exec"}
@@ -96,7 +97,8 @@ def name(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_nothing_forbidden(file: Path) -> None:
-    assert findings(file.read_text("utf-8")) == []
+    expected = ["pickle runs code from data"] if name(file) == RESTRICTED_UNPICKLER else []
+    assert [finding.partition(": ")[2] for finding in findings(file.read_text("utf-8"))] == expected
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=name)

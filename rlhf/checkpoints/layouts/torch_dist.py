@@ -1,0 +1,184 @@
+"""The layout `torch_dist`: whole tensors over all ranks, cut into pieces, in a few large files.
+
+    .metadata        which piece of which tensor lies where (pickle of torch.distributed.checkpoint's Metadata)
+    __0_0.distcp     pieces one after the other, each what torch.save writes
+    common.pt        args
+
+Tensors of layers have an axis for the layer in front, those of experts another for the expert. Source: megatron-core 0.16.1,
+megatron/core/dist_checkpointing/strategies/torch.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from rlhf.checkpoints import names
+from rlhf.checkpoints.layouts.heap import Heap
+from rlhf.checkpoints.names import NO_WEIGHTS, modern
+from rlhf.checkpoints.pickles import open_metadata, open_pt, open_tensor
+from rlhf.checkpoints.plan import Entry, Step, Target, TargetFile
+from rlhf.checkpoints.stored import Stored
+from rlhf.checkpoints.templates import fill
+from rlhf.errors import DataError
+
+METADATA, COMMON = ".metadata", "common.pt"
+ITERATION = "iter_0000000"
+DESCRIPTION = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+NOT_THE_MODEL = re.compile(r"^(optimizer|rng_state|opt_param_scheduler|rerun_state_machine|iteration)(\.|/|$)")
+
+
+def is_one(directory: Path) -> bool:
+    return (directory / METADATA).is_file() or any(directory.glob("*.distcp"))
+
+
+def read_heap(directory: Path) -> Heap:
+    """Every tensor of the model; nothing of the optimizer.
+
+    Raises:
+        DataError: a file is missing, cut short or holds what it should not.
+    """
+    metadata = open_metadata(directory / METADATA)
+    common = open_pt(directory / COMMON) if (directory / COMMON).is_file() else {}
+    args = dict(vars(common["args"])) if common.get("args") is not None else {}
+    pieces: dict[str, dict[tuple[int, ...], _StorageInfo]] = {}
+    for index, place in metadata.storage_data.items():
+        pieces.setdefault(index.fqn, {})[tuple(index.offset or ())] = place
+    tensors: dict[str, tuple[Stored, ...]] = {}
+    skipped = []
+    for key, about in metadata.state_dict_metadata.items():
+        name = re.sub(r"/shard_[\d._]+$", "", modern(key.removeprefix("model.")))
+        if NOT_THE_MODEL.match(key) or NO_WEIGHTS.search(name) or not isinstance(about, TensorStorageMetadata):
+            skipped.append(f"{re.sub(r'/shard_.*', '', key)}: no weights of the model")
+            continue
+        for single, stored in _one_by_one(name, key, _Global(directory, key, about, pieces.get(key, {}))):
+            tensors[single] = (stored,)
+    files = sorted({place.relative_path for place in metadata.storage_data.values()})
+    return Heap(
+        place=str(directory),
+        format="Megatron, format torch_dist",
+        tensors=tensors,
+        args=args,
+        version=3.0,
+        tensor_parallel=1,
+        foreign=not isinstance(common.get("args"), argparse.Namespace),
+        skipped=tuple(dict.fromkeys(skipped)),
+        files=tuple(str(directory / name) for name in (METADATA, *([COMMON] if common else []), *files)),
+    )
+
+
+@dataclass(frozen=True)
+class _Global:
+    """One tensor over all ranks, and where its pieces lie."""
+
+    directory: Path
+    key: str
+    about: TensorStorageMetadata
+    pieces: Mapping[tuple[int, ...], _StorageInfo]
+
+    def part(self, front: tuple[int, ...]) -> Stored:
+        """What is at these indices of the first axes: one layer's tensor, or one expert's."""
+        shape = tuple(self.about.size[len(front) :])
+        files = {place.relative_path for place in self.pieces.values()}
+        origin = f"{self.directory / min(files, default='')}: {self.key}{list(front) if front else ''}"
+        return Stored(shape, self.about.properties.dtype, partial(self._read, front), (origin,))
+
+    def _read(self, front: tuple[int, ...]) -> Tensor:
+        size = tuple(self.about.size)
+        wanted = [(index, index + 1) for index in front] + [(0, length) for length in size[len(front) :]]
+        result: Tensor | None = None
+        covered = 0
+        for chunk in self.about.chunks:
+            box = [(start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, box, strict=True)]
+            if any(low >= high for low, high in common):
+                continue
+            tensor = self._piece(tuple(chunk.offsets), tuple(chunk.sizes))
+            tensor = tensor[
+                tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(common, box, strict=True))
+            ]
+            tensor = tensor.reshape(tensor.shape[len(front) :])
+            if common == wanted:
+                return tensor
+            if result is None:
+                result = torch.empty(size[len(front) :], dtype=self.about.properties.dtype)
+            target = tuple(slice(*edges) for edges in common[len(front) :])
+            result[target] = tensor
+            covered += tensor.numel()
+        if result is None or covered != result.numel():
+            raise DataError(f"{self.directory}: {self.key}{list(front)}: its pieces do not add up to the whole")
+        return result
+
+    def _piece(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        place = self.pieces.get(offset)
+        if place is None:
+            raise DataError(f"{self.directory / METADATA}: {self.key}: no file for its piece at {list(offset)}")
+        file = self.directory / place.relative_path
+        if Path(place.relative_path).name != place.relative_path:
+            raise DataError(f"{self.directory / METADATA}: {self.key}: {place.relative_path!r} leads out of the directory")
+        tensor = open_tensor(file, place.offset, place.length)
+        if tuple(tensor.shape) != shape:
+            raise DataError(f"{file}: {self.key}: holds {tuple(tensor.shape)}, {METADATA} says {shape}")
+        return tensor
+
+
+def _one_by_one(name: str, key: str, tensor: _Global) -> Iterator[tuple[str, Stored]]:
+    """Each layer's tensor, each expert's, of one with axes for them; `decoder.layers.3.` in a key means there is no axis."""
+    size = tuple(tensor.about.size)
+    experts = re.search(r"\.experts\.experts\.", name)
+    stacked = re.search(r"\.layers\.(?!\d+\.)", name)
+    axes = size[: bool(stacked) + bool(experts)]
+    if math.prod(axes) > 1_000_000:
+        raise DataError(f"{tensor.directory / METADATA}: {key}: says it has {axes} layers and experts")
+    for front in torch.cartesian_prod(*map(torch.arange, axes)).view(-1, len(axes)).tolist() if axes else [[]]:
+        single = name
+        if stacked:
+            single = single.replace(".layers.", f".layers.{front[0]}.", 1)
+        if experts:
+            single = single.replace(".experts.experts.", f".experts.local_experts.{front[-1]}.", 1)
+        yield single, tensor.part(tuple(front))
+
+
+def lay_out(tensors: Mapping[str, Stored], args: argparse.Namespace) -> Target:
+    """One file of pieces: a layer's tensor, or an expert's, is a piece. `tensors` are ours, the vocabulary padded already."""
+    target = Target("Megatron, format torch_dist")
+    data = TargetFile(f"{ITERATION}/__0_0.distcp", "distcp")
+    common = TargetFile(
+        f"{ITERATION}/{COMMON}", "pt", {}, {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
+    )
+    target.files = {data.name: data, common.name: common}
+    written = names.written_names("transformer-engine") | {
+        names.EXPERT_FC1: names.LAYER + "mlp.experts.experts.linear_fc1.{leaf}",
+        names.EXPERT_FC2: names.LAYER + "mlp.experts.experts.linear_fc2.{leaf}",
+    }
+    if args.num_experts:
+        written[names.MLP_NORM] = names.MLP_NORM
+    for ours, stored in tensors.items():
+        template, values = names.template_of(ours)
+        fqn = fill(written[template].replace(".{layer}.", "."), values)
+        axes = {"layer": args.num_layers, "expert": args.num_experts}
+        front = tuple(int(values[axis]) for axis in axes if axis in values)
+        size = (*(int(axes[axis]) for axis in axes if axis in values), *stored.shape)
+        piece = (*(1 for _ in front), *stored.shape)
+        where = (fqn, (*front, *(0 for _ in stored.shape)), size)
+        data.entries[ours] = Entry(piece, stored.dtype, where)
+        target.steps.append(Step(ours, stored, lambda tensor: [tensor], "copy", ((data.name, ours),)))
+    target.texts[f"{ITERATION}/metadata.json"] = json.dumps(DESCRIPTION)
+    target.texts["latest_checkpointed_iteration.txt"] = "0"
+    return target

@@ -1,0 +1,153 @@
+"""Opening what other programs pickled, without running anything of theirs.
+
+torch's weights-only unpickler builds tensors and what is on its allow list; Megatron's own classes, of which only the values in
+`args` are of use, become empty stand-ins. A name on neither list ends the reading. There is no other way in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import io
+import os
+import pickle
+import re
+import signal
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy._core.multiarray import _reconstruct  # numpy random states: a list of plain numbers behind this name
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from rlhf.errors import DataError
+
+STAND_INS = (
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.enums.ModelType",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+)
+"""Classes found in `args` and beside it, by the versions of Megatron-LM from 0.12 to 0.16."""
+
+
+class _StandIn:
+    """Takes the place of an object of a foreign class; holds nothing."""
+
+    def __new__(cls, *arguments: object) -> _StandIn:
+        return object.__new__(cls)
+
+
+ALLOWED: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    signal.Signals,
+    _reconstruct,
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),  # numpy 1 writes this name
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    codecs.encode,
+    *((type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in STAND_INS),
+]
+
+
+def open_pt(path: Path) -> dict[str, Any]:
+    """The content of a .pt file; its tensors stay in the file and are paged in as they are read.
+
+    Raises:
+        DataError: it is no .pt file, is cut short, or holds something outside the allow list (the message names it).
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"{path}: not a readable .pt file: {reason}; is it complete?") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected the dictionary of a checkpoint")
+    return content
+
+
+def open_tensor(path: Path, offset: int, length: int) -> Tensor:
+    """A tensor saved by torch.save at this place of a larger file.
+
+    Raises:
+        DataError: the file ends before it does, or it is something else than a tensor.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            saved = stream.read(length)
+        if len(saved) < length:
+            raise DataError(f"{path}: ends at byte {offset + len(saved)}, expected at least {offset + length}; is it complete?")
+        tensor = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: no readable tensor at byte {offset}: {str(error).splitlines()[0]}") from error
+    if not isinstance(tensor, Tensor):
+        raise DataError(f"{path}: holds a {type(tensor).__name__} at byte {offset}, expected a tensor")
+    return tensor
+
+
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties StorageMeta "
+        "_MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+    "torch": "Size float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "pathlib": "PosixPath",
+}
+"""What a .metadata file of torch.distributed.checkpoint may name (torch 2.4 to 2.13)."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA_CLASSES.get(module, "").split():
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+def open_metadata(path: Path) -> Metadata:
+    """What torch.distributed.checkpoint wrote about a directory of .distcp files.
+
+    Raises:
+        DataError: the file is missing, cut short, names a class that has no place in it, or is something else.
+    """
+    try:
+        with path.open("rb") as stream:
+            found = _MetadataUnpickler(stream).load()
+        if not isinstance(found, Metadata) or found.storage_data is None:
+            raise TypeError("it is something else")
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, MemoryError) as error:
+        raise DataError(f"{path}: not the metadata of a distributed checkpoint: {str(error) or 'it ends early'}") from error
+    return found
+
+
+def write_metadata(path: Path, metadata: Metadata) -> None:
+    """What `open_metadata` and torch.distributed.checkpoint read."""
+    with path.open("wb") as stream:
+        pickle.dump(metadata, stream)
+        os.fsync(stream.fileno())
+
+
+def _forbidden(message: str) -> str:
+    named = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? (?:was|is) not an allowed", message)
+    if named:
+        return f"it wants {named[1] or named[2]}, which no checkpoint of a known tool needs"
+    return message.split("\n")[0]

@@ -1,0 +1,159 @@
+"""Writing large files a tensor at a time: laid out first, from names and shapes, then filled in any order.
+
+Nothing is held but the tensor at hand, and a full disk is an error of `pwrite`, not a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from rlhf.checkpoints.pickles import ALLOWED, write_metadata
+from rlhf.checkpoints.plan import TargetFile
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Sink(Protocol):
+    """A file that is being written."""
+
+    def write(self, key: str, tensor: Tensor) -> str:
+        """Puts the tensor in its place; the SHA-256 of its bytes."""
+        ...
+
+    def close(self) -> None:
+        """What is written is on disk."""
+        ...
+
+
+def open_sink(directory: Path, file: TargetFile) -> Sink:
+    """The file, laid out and empty."""
+    path = directory / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file.kind == "distcp":
+        return _Distcp(path, file)
+    offsets = _safetensors_layout(path, file) if file.kind == "safetensors" else _pt_layout(path, file)
+    return _Placed(path, offsets)
+
+
+class _Placed:
+    """A file whose tensors have their places."""
+
+    def __init__(self, path: Path, offsets: Mapping[str, int]) -> None:
+        self.offsets = offsets
+        self.file = os.open(path, os.O_WRONLY)
+
+    def write(self, key: str, tensor: Tensor) -> str:
+        content, offset = _bytes(tensor), self.offsets[key]
+        written = 0
+        while written < len(content):
+            written += os.pwrite(self.file, content[written:], offset + written)
+        return hashlib.sha256(content).hexdigest()
+
+    def close(self) -> None:
+        os.fsync(self.file)
+        os.close(self.file)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _safetensors_layout(path: Path, file: TargetFile) -> dict[str, int]:
+    """Source: https://github.com/huggingface/safetensors, README, Format: 8 bytes of length, a JSON header, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, entry in file.entries.items():
+        begin, end = end, end + entry.bytes
+        header[key] = {"dtype": SAFETENSORS_DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    start = 8 + len(text)
+    return {key: start + header[key]["data_offsets"][0] for key in file.entries}
+
+
+def _pt_layout(path: Path, file: TargetFile) -> dict[str, int]:
+    """torch.save with the bytes of tensors left out, and where it would have put them (torch.serialization.skip_data)."""
+    content = dict(file.content)
+    for key, entry in file.entries.items():
+        *sections, last = key.split("/")
+        section = content
+        for name in sections:
+            section = section.setdefault(name, {})
+        # Never touched, so it takes no memory.
+        section[last] = torch.empty(entry.shape, dtype=entry.dtype)
+    with torch.serialization.skip_data():
+        torch.save(content, path)
+    with FakeTensorMode(), torch.serialization.safe_globals(ALLOWED):
+        placed = torch.load(path, weights_only=True)
+    offsets = {}
+    for key in file.entries:
+        found = placed
+        for name in key.split("/"):
+            found = found[name]
+        offsets[key] = found.untyped_storage()._checkpoint_offset
+    return offsets
+
+
+class _Distcp:
+    """Pieces one after the other; `.metadata` beside them says which is where."""
+
+    def __init__(self, path: Path, file: TargetFile) -> None:
+        self.path, self.target = path, file
+        self.stream = path.open("wb")
+        self.places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def write(self, key: str, tensor: Tensor) -> str:
+        fqn, offset, _ = self.target.entries[key].where
+        piece = tensor.detach().reshape(self.target.entries[key].shape).contiguous()
+        saved = io.BytesIO()
+        torch.save(piece.clone() if piece.untyped_storage().nbytes() != piece.nbytes else piece, saved)
+        begin = self.stream.tell()
+        self.stream.write(saved.getbuffer())
+        self.places[MetadataIndex(fqn, torch.Size(offset))] = _StorageInfo(self.path.name, begin, self.stream.tell() - begin)
+        return hashlib.sha256(_bytes(piece)).hexdigest()
+
+    def close(self) -> None:
+        tensors: dict[str, TensorStorageMetadata] = {}
+        for entry in self.target.entries.values():
+            fqn, offset, size = entry.where
+            about = TensorStorageMetadata(TensorProperties(entry.dtype), torch.Size(size), [])
+            tensors.setdefault(fqn, about).chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(entry.shape)))
+        metadata = Metadata(tensors, storage_data=self.places, storage_meta=StorageMeta(), version="1.0.0")  # pyright: ignore
+        write_metadata(self.path.parent / ".metadata", metadata)
+        os.fsync(self.stream.fileno())
+        self.stream.close()

@@ -1,0 +1,146 @@
+"""Whether a conversion computes what its source does: logits and a greedy continuation, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from rlhf.checkpoints import megatron, sizes
+from rlhf.checkpoints.convert import Conversion
+from rlhf.checkpoints.forward import MegatronForward
+from rlhf.errors import CheckFailed, DataError
+
+TOLERANCE = 1e-4
+"""Of the largest logit: rounding of two float32 forward passes is a hundredth of this; a swapped matrix is thousands of it."""
+ROWS, TOKENS, CONTINUED = 2, 12, 8
+SEED = 0
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How near two models are on the same tokens."""
+
+    reference: str
+    max_difference: float
+    largest_logit: float
+    top1_agreement: float
+    """part of positions where both put the same token first"""
+    continuation: bool
+    """whether both continue greedily with the same tokens"""
+
+    @property
+    def holds(self) -> bool:
+        return self.max_difference <= TOLERANCE * max(1.0, self.largest_logit)
+
+    def __str__(self) -> str:
+        same = "the same" if self.continuation else "different"
+        return (
+            f"against {self.reference}: logits differ by at most {self.max_difference:.2g} (largest {self.largest_logit:.3g}), "
+            f"top-1 agrees on {self.top1_agreement:.1%}, greedy continuation {same}"
+        )
+
+
+def verify(conversion: Conversion, reference: Path | None = None) -> Verdict:
+    """Compare what was written with its source, or with a Hugging Face model given as the reference.
+
+    Raises:
+        CheckFailed: they do not compute the same, or cannot be compared (the message says why).
+    """
+    request, family = conversion.request, conversion.family
+    if family is not None and family.mapping_only:
+        raise CheckFailed(f"{family.name}: tensor mapping only: {family.mapping_only}")
+    try:
+        if request.to == "hf":
+            result = transformers_logits(request.destination)
+            against = transformers_logits(reference) if reference else _source_logits(conversion)
+            name = str(reference) if reference else f"a forward pass over the tensors of {request.source}"
+        elif family is None:
+            if reference is None:
+                raise CheckFailed("--verify: there is nothing here to compare with; give --reference, a Hugging Face directory")
+            result, against, name = transformers_logits(request.destination), transformers_logits(reference), str(reference)
+        else:
+            result = _written_logits(conversion)
+            home = reference or (None if megatron.is_megatron(request.source) else request.source)
+            against = transformers_logits(home) if home else _source_logits(conversion)
+            name = str(home or request.source)
+    except DataError as error:
+        raise CheckFailed(f"--verify: {error}") from error
+    verdict = compared(result, against, conversion, name)
+    if not verdict.holds:
+        raise CheckFailed(f"{request.destination}: not the same model: {verdict}")
+    return verdict
+
+
+def compared(result: Logits, against: Logits, conversion: Conversion, name: str) -> Verdict:
+    ids = torch.randint(_vocabulary(conversion), (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+    ours, theirs = result(ids), against(ids)
+    rows = min(ours.shape[-1], theirs.shape[-1])
+    ours, theirs = ours[..., :rows], theirs[..., :rows]
+    return Verdict(
+        reference=name,
+        max_difference=float((ours - theirs).abs().max()),
+        largest_logit=float(theirs.abs().max()),
+        top1_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        continuation=torch.equal(_continued(result, ids, rows), _continued(against, ids, rows)),
+    )
+
+
+def _vocabulary(conversion: Conversion) -> int:
+    sizes_told = conversion.family.size(conversion.config, "vocabulary") if conversion.family else None
+    return int(sizes_told or conversion.config.get("vocab_size") or 0) or 2
+
+
+def _continued(logits: Logits, ids: Tensor, rows: int) -> Tensor:
+    for _ in range(CONTINUED):
+        ids = torch.cat([ids, logits(ids)[:, -1:, :rows].argmax(-1)], 1)
+    return ids
+
+
+def transformers_logits(directory: Path) -> Logits:
+    """A Hugging Face model's forward pass in float32, every tensor of its files in use.
+
+    Raises:
+        DataError: transformers cannot open it, or does not find or does not use one of its tensors.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{directory}: transformers cannot open it: {str(error).strip().splitlines()[0]}") from error
+    model, report = opened
+    for what, keys in (("does not find", report["missing_keys"]), ("has no use for", report["unexpected_keys"])):
+        if keys:
+            raise DataError(f"{directory}: transformers {what} {', '.join(sorted(keys)[:5])}")
+    model.eval()
+
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids).logits.float()
+
+    return logits
+
+
+def _source_logits(conversion: Conversion) -> Logits:
+    source = conversion.source
+    assert source.heads is not None
+    assert conversion.family is not None
+    return MegatronForward(source.tensors, source.heads, conversion.family, conversion.config)
+
+
+def _written_logits(conversion: Conversion) -> Logits:
+    """What was written, read back and computed from its own tensors."""
+    assert conversion.family is not None
+    told = sizes.of_config(conversion.family, conversion.config)
+    written = megatron.read_megatron(conversion.request.destination, megatron.Reading(told.get("heads"), told.get("tied")))
+    assert written.heads is not None
+    return MegatronForward(written.tensors, written.heads, conversion.family, conversion.config)
