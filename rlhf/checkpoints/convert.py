@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, name
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
 from rlhf.checkpoints.layouts import torch_dist, write_torch
+from rlhf.checkpoints.operations import concatenated
 from rlhf.checkpoints.plan import Check, Step, Target
 from rlhf.checkpoints.sinks import open_sink
 from rlhf.checkpoints.sizes import Grid, Sizes
@@ -60,6 +62,9 @@ class Conversion:
     carried: list[Path]
     warnings: list[str]
 
+
+WRITERS = 2
+"""Threads that hash and write; more than two find the disk busy."""
 
 Progress = Callable[[int], None]
 """Told how many bytes have just been written."""
@@ -230,7 +235,7 @@ def _padded(stored: Stored, rows: int) -> Stored:
         return stored
 
     def pad(parts: list[Tensor]) -> Tensor:
-        return torch.cat([parts[0], parts[0][-1:].expand(extra, -1)])
+        return concatenated([parts[0], parts[0][-1:].expand(extra, -1)])
 
     return derived([stored], pad, f"pad with {extra} rows")
 
@@ -288,29 +293,31 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
     target = conversion.target
     for check in conversion.checks:
         _hold(check)
-    sinks = {name: open_sink(directory, file) for name, file in target.files.items()}
     digests: dict[str, str] = {}
-    for step in target.steps:
-        _carry_out(step, target, sinks, digests, progress)
-    for sink in sinks.values():
-        sink.close()
+    with ThreadPoolExecutor(WRITERS) as writers:
+        source_digests = writers.submit(lambda: {file: file_digest(file) for file in conversion.source.files})
+        sinks = {name: open_sink(directory, file) for name, file in target.files.items()}
+        for step in target.steps:
+            writing = [(file, key, writers.submit(sinks[file].write, key, part)) for part, file, key in _parts(step)]
+            for file, key, written in writing:
+                digests[f"{file}: {key}"] = written.result()
+                progress(target.files[file].entries[key].bytes)
+        list(writers.map(lambda sink: sink.close(), sinks.values()))
     for name, text in target.texts.items():
         if text:
             (directory / name).write_text(text)
     for file in conversion.carried:
         if file.name not in target.texts:
             shutil.copyfile(file, directory / file.name)
-    (directory / MANIFEST).write_text(json.dumps(_manifest(conversion, digests), indent=1) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(_manifest(conversion, source_digests.result(), digests), indent=1) + "\n")
 
 
-def _carry_out(step: Step, target: Target, sinks: Mapping[str, Any], digests: dict[str, str], progress: Progress) -> None:
+def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:
     whole = step.source.read()
     if tuple(whole.shape) != step.source.shape:
         raise DataError(f"{step.source.origins[0]}: is {tuple(whole.shape)}, planned as {step.source.shape}")
     for part, (file, key) in zip(step.split(whole), step.targets, strict=True):
-        entry = target.files[file].entries[key]
-        digests[f"{file}: {key}"] = sinks[file].write(key, part)
-        progress(entry.bytes)
+        yield part, file, key
 
 
 def _hold(check: Check) -> None:
@@ -322,7 +329,7 @@ def _hold(check: Check) -> None:
         raise DataError(f"{check.stored.origins[0]}: must be equal to {check.equal_to.origins[0]}, and is not")
 
 
-def _manifest(conversion: Conversion, digests: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(conversion: Conversion, source_digests: Mapping[str, str], digests: Mapping[str, str]) -> dict[str, Any]:
     source = conversion.source
     return {
         "schema_version": SCHEMA_VERSION,
@@ -330,7 +337,7 @@ def _manifest(conversion: Conversion, digests: Mapping[str, str]) -> dict[str, A
         "to": conversion.target.format,
         "family": conversion.family.name if conversion.family else None,
         "source": str(conversion.request.source),
-        "source_files": {file: file_digest(file) for file in source.files},
+        "source_files": dict(source_digests),
         "tensors": dict(digests),
         "skipped": list(source.skipped),
         "warnings": conversion.warnings,

@@ -78,7 +78,7 @@ class Offset(Copy):
         return parts[0][self.rows :]
 
     def split(self, ours: Tensor, heads: Heads) -> list[Tensor]:
-        return [torch.cat([ours.new_zeros(self.rows, ours.shape[1]), ours])]
+        return [concatenated([ours.new_zeros(self.rows, ours.shape[1]), ours])]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class BlockQkv(Copy):
         return join_qkv(query, key, value, heads)
 
     def split(self, ours: Tensor, heads: Heads) -> list[Tensor]:
-        block = torch.cat(split_qkv(ours, heads))
+        block = concatenated(split_qkv(ours, heads))
         return [block.t() if self.transposed and block.dim() == 2 else block]
 
 
@@ -156,10 +156,19 @@ class Gated:
         return (self.gate, self.up)
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
-        return torch.cat(list(parts))
+        return concatenated(parts)
 
     def split(self, ours: Tensor, heads: Heads) -> list[Tensor]:
         return list(ours.chunk(2))
+
+
+def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat; on tensors without data that one imports a compiler, which costs a plan most of a second (torch 2.13)."""
+    if not parts[0].is_meta:
+        return torch.cat(list(parts), dim)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
 
 
 def split_qkv(fused: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +184,7 @@ def join_qkv(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     width = q.shape[0] // heads.heads
     shapes = ((q, heads.heads // heads.groups), (k, 1), (v, 1))
     parts = [part.reshape(heads.groups, count, width, *part.shape[1:]) for part, count in shapes]
-    return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
+    return concatenated(parts, dim=1).reshape(-1, *q.shape[1:])
 
 
 def modern_qkv(fused: Tensor, version: float, heads: int) -> Tensor:
@@ -197,9 +206,9 @@ def join_ranks(parts: Sequence[Tensor], dim: int, gated: bool = False) -> Tensor
     if len(parts) == 1:
         return parts[0]
     if not gated:
-        return torch.cat(list(parts), dim)
+        return concatenated(parts, dim)
     halves = [part.chunk(2, dim) for part in parts]
-    return torch.cat([half[side] for side in (0, 1) for half in halves], dim)
+    return concatenated([half[side] for side in (0, 1) for half in halves], dim)
 
 
 def split_ranks(ours: Tensor, ranks: int, dim: int, gated: bool = False) -> list[Tensor]:
@@ -211,7 +220,7 @@ def split_ranks(ours: Tensor, ranks: int, dim: int, gated: bool = False) -> list
     if not gated:
         return list(ours.split(_share(ours.shape[dim], ranks), dim))
     sides = [half.split(_share(half.shape[dim], ranks), dim) for half in ours.chunk(2, dim)]
-    return [torch.cat([side[rank] for side in sides], dim) for rank in range(ranks)]
+    return [concatenated([side[rank] for side in sides], dim) for rank in range(ranks)]
 
 
 def _share(size: int, ranks: int) -> int:

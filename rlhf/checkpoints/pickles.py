@@ -14,16 +14,19 @@ import pickle
 import re
 import signal
 import types
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct  # numpy random states: a list of plain numbers behind this name
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 STAND_INS = (
     "megatron.core.transformer.enums.AttnBackend",
@@ -127,6 +130,8 @@ def open_metadata(path: Path) -> Metadata:
     Raises:
         DataError: the file is missing, cut short, names a class that has no place in it, or is something else.
     """
+    from torch.distributed.checkpoint.metadata import Metadata  # half a second to import, for this format alone
+
     try:
         with path.open("rb") as stream:
             found = _MetadataUnpickler(stream).load()
@@ -139,10 +144,37 @@ def open_metadata(path: Path) -> Metadata:
     return found
 
 
-def write_metadata(path: Path, metadata: Metadata) -> None:
+class Piece(NamedTuple):
+    """A piece of a tensor in a .distcp file."""
+
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    """of the whole tensor"""
+    shape: tuple[int, ...]
+    """of the piece"""
+    dtype: torch.dtype
+    file: str
+    begin: int
+    length: int
+
+
+def write_metadata(path: Path, pieces: Iterable[Piece]) -> None:
     """What `open_metadata` and torch.distributed.checkpoint read."""
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    tensors: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for piece in pieces:
+        about = metadata.TensorStorageMetadata(metadata.TensorProperties(piece.dtype), torch.Size(piece.size), [])
+        chunk = metadata.ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
+        tensors.setdefault(piece.key, about).chunks.append(chunk)
+        index = metadata.MetadataIndex(piece.key, torch.Size(piece.offset))
+        places[index] = filesystem._StorageInfo(piece.file, piece.begin, piece.length)
     with path.open("wb") as stream:
-        pickle.dump(metadata, stream)
+        pickle.dump(
+            metadata.Metadata(tensors, storage_data=places, storage_meta=metadata.StorageMeta(), version="1.0.0"), stream
+        )
         os.fsync(stream.fileno())
 
 

@@ -9,24 +9,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from rlhf.checkpoints.pickles import ALLOWED, write_metadata
+from rlhf.checkpoints.pickles import Piece, write_metadata
 from rlhf.checkpoints.plan import TargetFile
 
 SAFETENSORS_DTYPES = {
@@ -43,6 +34,10 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+CHUNK = 1 << 17
+"""Bytes hashed and written at a time: they are in the processor's cache for the second."""
 
 
 class Sink(Protocol):
@@ -76,10 +71,14 @@ class _Placed:
 
     def write(self, key: str, tensor: Tensor) -> str:
         content, offset = _bytes(tensor), self.offsets[key]
-        written = 0
-        while written < len(content):
-            written += os.pwrite(self.file, content[written:], offset + written)
-        return hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256()
+        for begin in range(0, len(content), CHUNK):
+            chunk = content[begin : begin + CHUNK]
+            digest.update(chunk)
+            written = 0
+            while written < len(chunk):
+                written += os.pwrite(self.file, chunk[written:], offset + begin + written)
+        return digest.hexdigest()
 
     def close(self) -> None:
         os.fsync(self.file)
@@ -118,15 +117,27 @@ def _pt_layout(path: Path, file: TargetFile) -> dict[str, int]:
         section[last] = torch.empty(entry.shape, dtype=entry.dtype)
     with torch.serialization.skip_data():
         torch.save(content, path)
-    with FakeTensorMode(), torch.serialization.safe_globals(ALLOWED):
-        placed = torch.load(path, weights_only=True)
+    # Storages are numbered as they are met; the archive's directory says where each begins.
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    numbers: dict[Any, int] = {}
+    for tensor in _tensors(content):
+        numbers.setdefault(tensor, len(numbers))
     offsets = {}
     for key in file.entries:
-        found = placed
+        found: Any = content
         for name in key.split("/"):
             found = found[name]
-        offsets[key] = found.untyped_storage()._checkpoint_offset
+        offsets[key] = reader.get_record_offset(f"data/{numbers[found]}")
     return offsets
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """The tensors of nested dictionaries, in the order they are pickled."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
 
 
 class _Distcp:
@@ -135,25 +146,24 @@ class _Distcp:
     def __init__(self, path: Path, file: TargetFile) -> None:
         self.path, self.target = path, file
         self.stream = path.open("wb")
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
+        self.lock = Lock()
+        self.places: dict[str, tuple[int, int]] = {}
 
     def write(self, key: str, tensor: Tensor) -> str:
-        fqn, offset, _ = self.target.entries[key].where
         piece = tensor.detach().reshape(self.target.entries[key].shape).contiguous()
         saved = io.BytesIO()
         torch.save(piece.clone() if piece.untyped_storage().nbytes() != piece.nbytes else piece, saved)
-        begin = self.stream.tell()
-        self.stream.write(saved.getbuffer())
-        self.places[MetadataIndex(fqn, torch.Size(offset))] = _StorageInfo(self.path.name, begin, self.stream.tell() - begin)
+        with self.lock:
+            begin = self.stream.tell()
+            self.stream.write(saved.getbuffer())
+            self.places[key] = (begin, self.stream.tell() - begin)
         return hashlib.sha256(_bytes(piece)).hexdigest()
 
     def close(self) -> None:
-        tensors: dict[str, TensorStorageMetadata] = {}
-        for entry in self.target.entries.values():
-            fqn, offset, size = entry.where
-            about = TensorStorageMetadata(TensorProperties(entry.dtype), torch.Size(size), [])
-            tensors.setdefault(fqn, about).chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(entry.shape)))
-        metadata = Metadata(tensors, storage_data=self.places, storage_meta=StorageMeta(), version="1.0.0")  # pyright: ignore
-        write_metadata(self.path.parent / ".metadata", metadata)
+        pieces = []
+        for key, (begin, length) in self.places.items():
+            entry = self.target.entries[key]
+            pieces.append(Piece(*entry.where, entry.shape, entry.dtype, self.path.name, begin, length))
+        write_metadata(self.path.parent / ".metadata", pieces)
         os.fsync(self.stream.fileno())
         self.stream.close()

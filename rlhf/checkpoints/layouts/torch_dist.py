@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from rlhf.checkpoints import names
 from rlhf.checkpoints.layouts.heap import Heap
@@ -32,6 +31,10 @@ from rlhf.checkpoints.plan import Entry, Step, Target, TargetFile
 from rlhf.checkpoints.stored import Stored
 from rlhf.checkpoints.templates import fill
 from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 METADATA, COMMON = ".metadata", "common.pt"
 ITERATION = "iter_0000000"
@@ -64,10 +67,11 @@ def read_heap(directory: Path) -> Heap:
     skipped = []
     for key, about in metadata.state_dict_metadata.items():
         name = re.sub(r"/shard_[\d._]+$", "", modern(key.removeprefix("model.")))
-        if NOT_THE_MODEL.match(key) or NO_WEIGHTS.search(name) or not isinstance(about, TensorStorageMetadata):
+        if NOT_THE_MODEL.match(key) or NO_WEIGHTS.search(name) or not hasattr(about, "chunks"):
             skipped.append(f"{re.sub(r'/shard_.*', '', key)}: no weights of the model")
             continue
-        for single, stored in _one_by_one(name, key, _Global(directory, key, about, pieces.get(key, {}))):
+        tensor = _Global(directory, key, cast("TensorStorageMetadata", about), pieces.get(key, {}))
+        for single, stored in _one_by_one(name, key, tensor):
             tensors[single] = (stored,)
     files = sorted({place.relative_path for place in metadata.storage_data.values()})
     return Heap(
