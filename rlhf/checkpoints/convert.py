@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
 from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, names, sizes
+from rlhf.checkpoints.directory import is_megatron
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
 from rlhf.checkpoints.layouts import torch_dist, write_torch
@@ -81,8 +83,8 @@ def plan(request: Request) -> Conversion:
         raise DataError(f"{request.source}: no such directory")
     if request.to in ("bf16", "fp8"):
         return _plan_precision(request)
-    is_megatron = megatron.is_megatron(request.source)
-    config_home = _config_home(request, is_megatron)
+    of_megatron = is_megatron(request.source)
+    config_home = _config_home(request, of_megatron)
     config = read_config(config_home) if config_home else {}
     family = (
         families.named(request.family)
@@ -91,7 +93,7 @@ def plan(request: Request) -> Conversion:
         if config
         else None
     )
-    read = _read_megatron if is_megatron else _read_hugging_face
+    read = _read_megatron if of_megatron else _read_hugging_face
     source = read(request, family, config)
     heads = source.heads
     assert heads is not None
@@ -122,11 +124,11 @@ def plan(request: Request) -> Conversion:
     return Conversion(request, source, target, checks, family, config, carried, warnings)
 
 
-def _config_home(request: Request, is_megatron: bool) -> Path | None:
+def _config_home(request: Request, of_megatron: bool) -> Path | None:
     """Where the model's config.json is: as told, in the source, or (carried along by a converter) beside its iterations."""
     if request.config:
         return request.config if request.config.is_dir() else request.config.parent
-    if not is_megatron:
+    if not of_megatron:
         return request.source
     return next((place for place in (request.source, request.source.parent) if (place / CONFIG).is_file()), None)
 
@@ -270,8 +272,10 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
     partial = destination.with_name(f".{destination.name}-{os.getpid()}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in destination.parent.glob(f".{destination.name}-*.partial"):
-            shutil.rmtree(left_by_a_kill)
+        for partial_of_another in destination.parent.glob(f".{destination.name}-*.partial"):
+            process = partial_of_another.name.removesuffix(".partial").rpartition("-")[2]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                shutil.rmtree(partial_of_another)  # left by a kill
         free = shutil.disk_usage(destination.parent).free
         if free < conversion.target.bytes:
             raise StorageError(f"{destination.parent}: {conversion.target.bytes:,} bytes are needed, {free:,} are free")

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
@@ -30,13 +32,8 @@ class MegatronForward:
         Raises:
             DataError: the model does something this forward does not know.
         """
-        scaling = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
         if family.mapping_only:
             raise DataError(f"{family.name}: tensor mapping only: {family.mapping_only}")
-        if scaling != "default":
-            raise DataError(
-                f"rotary scaling {scaling!r} is not computed here; compare with --reference, a Hugging Face directory"
-            )
         self.tensors, self.heads, self.family, self.config = tensors, heads, family, config
         self.position = (config.get("alibi") and "alibi") or family.args["position_embedding_type"]
         self.epsilon = float(family.size(config, "norm_epsilon") or 1e-5)
@@ -106,12 +103,21 @@ class MegatronForward:
         if self.position != "rope":
             return x
         width = int(x.shape[-1] * float(self.config.get("partial_rotary_factor") or 1))
-        base = float(self.family.size(self.config, "rotary_base") or 10000)
-        frequencies = base ** (-torch.arange(0, width, 2).float() / width)
+        frequencies, factor = self._frequencies(width)
         angles = torch.arange(x.shape[-2]).float()[:, None] * frequencies
-        cosine, sine = angles.cos(), angles.sin()
+        cosine, sine = factor * angles.cos(), factor * angles.sin()
         first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
         return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], -1)
+
+    def _frequencies(self, width: int) -> tuple[Tensor, float]:
+        """(radians a position for each pair, a factor of both waves); the scaled forms as transformers computes them."""
+        scaling = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind == "default":
+            base = float(self.family.size(self.config, "rotary_base") or 10000)
+            return base ** (-torch.arange(0, width, 2).float() / width), 1.0
+        config = AutoConfig.for_model(**self.config)
+        return ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
 
     def _slopes(self, heads: int, rank: int) -> Tensor:
         """ALiBi's slope for each head of a rank (https://arxiv.org/abs/2108.12409, as BLOOM counts heads); 0 without."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.checkpoints import names
 from rlhf.checkpoints.collect import Group, Table, collect, complete, in_order
-from rlhf.checkpoints.families import of_model_type
+from rlhf.checkpoints.families import of_config
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads, Operation
 from rlhf.checkpoints.pickles import open_pt
@@ -110,10 +110,9 @@ def family_of(config: Mapping[str, Any], place: str) -> Family:
     Raises:
         DataError: no table knows its model_type.
     """
-    model_type = str(config.get("model_type"))
-    family = of_model_type(model_type)
+    family = of_config(config)
     if family is None:
-        raise DataError(f"{place}: no family has model_type {model_type!r}; --family says which to take")
+        raise DataError(f"{place}: no family has model_type {config.get('model_type')!r}; --family says which to take")
     return family
 
 

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from rlhf.checkpoints import names
 from rlhf.checkpoints.collect import Group, collect, complete, in_order
+from rlhf.checkpoints.directory import is_torch_dist, iteration_directory
 from rlhf.checkpoints.layouts import torch_dist, torch_files
 from rlhf.checkpoints.layouts.heap import Heap
 from rlhf.checkpoints.operations import Copy, Heads, QueryAndKeyValue, join_ranks, modern_qkv
 from rlhf.checkpoints.stored import Checkpoint, Stored, alike, derived
 from rlhf.checkpoints.templates import fill
 from rlhf.errors import DataError
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,6 @@ class Reading:
     """ranks of a gated MLP hold the rows of [gate; up] one after the other: Pai's gpt3_llama converter (v0.5.1) wrote that"""
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether a directory looks like a Megatron checkpoint, or one iteration of it."""
-    return (path / TRACKER).is_file() or torch_files.is_one(path) or torch_dist.is_one(path)
-
-
-def iteration_directory(path: Path) -> Path:
-    """The directory that holds the weights: the one the tracker file names, or `path` itself."""
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        return path
-    text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
-        raise DataError(f"{tracker}: says {text[:40]!r}, expected the number of an iteration or `release`")
-    directory = path / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory, though {tracker} names it")
-    return directory
-
-
 def read_megatron(path: Path, reading: Reading | None = None) -> Checkpoint:
     """A Megatron checkpoint, from its root or from one iteration's directory.
 
@@ -70,7 +50,7 @@ def read_megatron(path: Path, reading: Reading | None = None) -> Checkpoint:
     """
     reading = reading or Reading()
     directory = iteration_directory(path)
-    layout = torch_dist if torch_dist.is_one(directory) else torch_files
+    layout = torch_dist if is_torch_dist(directory) else torch_files
     heap = layout.read_heap(directory)
     groups, copies, notes = _sorted(heap, reading)
     heads = _heads(heap, groups, reading)

@@ -14,10 +14,14 @@ from rlhf.checkpoints.templates import Values, match
 
 LAYER = "decoder.layers.{layer}."
 EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING_NORM = "embedding.norm.{leaf}"
 POSITIONS = "embedding.position_embeddings.weight"
+BLOCK_POSITIONS = "embedding.block_position_embeddings.weight"
 HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.{leaf}"
 QKV = LAYER + "self_attention.linear_qkv.{leaf}"
+QUERY_NORM = LAYER + "self_attention.q_layernorm.weight"
+KEY_NORM = LAYER + "self_attention.k_layernorm.weight"
 PROJ = LAYER + "self_attention.linear_proj.{leaf}"
 INPUT_NORM = LAYER + "input_layernorm.{leaf}"
 MLP_NORM = LAYER + "pre_mlp_layernorm.{leaf}"
@@ -32,13 +36,13 @@ SHARED_GATE = LAYER + "mlp.shared_experts.gate_weight"
 
 NAMES = (
     EMBEDDING,
-    "embedding.block_position_embeddings.weight",
     POSITIONS,
-    "embedding.norm.{leaf}",
+    BLOCK_POSITIONS,
+    EMBEDDING_NORM,
     INPUT_NORM,
     QKV,
-    LAYER + "self_attention.q_layernorm.weight",
-    LAYER + "self_attention.k_layernorm.weight",
+    QUERY_NORM,
+    KEY_NORM,
     PROJ,
     MLP_NORM,
     FC1,
@@ -67,7 +71,7 @@ _TRANSFORMER_ENGINE = {
     EXPERT_FC2: LAYER + "mlp.experts.linear_fc2.{leaf}{expert}",
 }
 _LEGACY = {
-    "embedding.norm.{leaf}": "embedding.word_embeddings.norm.{leaf}",
+    EMBEDDING_NORM: "embedding.word_embeddings.norm.{leaf}",
     INPUT_NORM: _ENCODER + "input_norm.{leaf}",
     QKV: _ENCODER + "self_attention.query_key_value.{leaf}",
     PROJ: _ENCODER + "self_attention.dense.{leaf}",
@@ -126,10 +130,10 @@ EVERY_RANK_HAS_THE_SAME: frozenset[str] = frozenset(
         MLP_NORM,
         FINAL_NORM,
         POSITIONS,
-        "embedding.block_position_embeddings.weight",
-        "embedding.norm.{leaf}",
-        LAYER + "self_attention.q_layernorm.weight",
-        LAYER + "self_attention.k_layernorm.weight",
+        BLOCK_POSITIONS,
+        EMBEDDING_NORM,
+        QUERY_NORM,
+        KEY_NORM,
         ROUTER,
         LAYER + "mlp.router.expert_bias",
         SHARED_GATE,

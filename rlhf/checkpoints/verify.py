@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.checkpoints import megatron, sizes
 from rlhf.checkpoints.convert import Conversion
+from rlhf.checkpoints.directory import is_megatron
 from rlhf.checkpoints.forward import MegatronForward
 from rlhf.errors import CheckFailed, DataError
 
@@ -69,7 +70,7 @@ def verify(conversion: Conversion, reference: Path | None = None) -> Verdict:
             result, against, name = transformers_logits(request.destination), transformers_logits(reference), str(reference)
         else:
             result = _written_logits(conversion)
-            home = reference or (None if megatron.is_megatron(request.source) else request.source)
+            home = reference or (None if is_megatron(request.source) else request.source)
             against = transformers_logits(home) if home else _source_logits(conversion)
             name = str(home or request.source)
     except DataError as error:

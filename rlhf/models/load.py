@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import DataError
-from rlhf.models.gguf import converted
+from rlhf.models import gguf, megatron
 from rlhf.models.heads import HEAD, initialise_head
 from rlhf.models.source import Source, resolve
 
@@ -103,7 +103,10 @@ def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool
 
 def local(source: Source) -> Source:
     """Sources transformers does not read as they are, converted once."""
-    return Source("directory", str(converted(Path(source.path))), None, source.run) if source.kind == "gguf" else source
+    converters = {"gguf": gguf.converted, "megatron": megatron.converted}
+    if source.kind not in converters:
+        return source
+    return Source("directory", str(converters[source.kind](Path(source.path))), None, source.run)
 
 
 def _from_config(factory: Any, source: Source, loading: Loading) -> PreTrainedModel:

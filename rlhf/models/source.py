@@ -1,4 +1,4 @@
-"""What the user means by a model: a run, a Hugging Face directory, a GGUF file or a Hub id.
+"""What the user means by a model: a run, a Hugging Face directory, a Megatron checkpoint, a GGUF file or a Hub id.
 
 Decided from names and small files alone: torch is not needed, and nothing is downloaded.
 """
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf.checkpoints.directory import TRACKER, is_megatron
 from rlhf.errors import DataError
 
 Role = Literal["model", "critic"]
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-MEGATRON_SIGNS = ("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*", "*.distcp")
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a model's files are: `path` is a directory, a .gguf file or a Hub id; `run` is the run that made it."""
 
-    kind: Literal["hub", "directory", "gguf"]
+    kind: Literal["hub", "directory", "megatron", "gguf"]
     path: str
     revision: str | None
     run: Path | None
@@ -33,8 +33,8 @@ def resolve(spec: str, role: Role = "model") -> Source:
     """Find the model a user names.
 
     Args:
-        spec: a run directory, a directory with config.json or adapter_config.json, a .gguf file, or a Hub id
-            `owner/name@revision`.
+        spec: a run directory, a directory with config.json or adapter_config.json, a Megatron checkpoint, a .gguf file, or a
+            Hub id `owner/name@revision`.
         role: `critic` takes the critic of a PPO run where `model` takes its actor; for all others they are the same.
 
     Raises:
@@ -64,13 +64,12 @@ def _means_a_path(spec: str) -> bool:
 def _in_directory(path: Path, role: Role) -> Source:
     if (path / "run.json").is_file():
         return Source("directory", str(_result_of_run(path, role)), None, path)
+    if is_megatron(path):  # before config.json, which converters leave beside the weights
+        return Source("megatron", str(path), None, None)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return Source("directory", str(path), None, None)
-    if any(any(path.glob(sign)) for sign in MEGATRON_SIGNS):
-        raise DataError(
-            f"{path}: this is a Megatron checkpoint; converting those is not in this version. "
-            "Convert it to a Hugging Face directory first (Megatron Bridge does) and name that one"
-        )
+    if any(path.glob("iter_*")):
+        raise DataError(f"{path}: looks like a Megatron checkpoint, but has no {TRACKER}; name one of its iterations")
     raise DataError(
         f"{path}: not a model: it has no config.json (Hugging Face model), no adapter_config.json (LoRA adapter) "
         f"and no run.json (a run of ours). It holds {_contents(path)}"

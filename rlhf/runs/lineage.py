@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.checkpoints.directory import iteration_directory
 from rlhf.config.schema import Stage
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
@@ -189,6 +190,8 @@ def _digest(name: str, spec: str) -> str | None:
     source = resolve(spec, "critic" if name == "critic" else "model")
     if source.kind == "hub":
         return None
+    if source.kind == "megatron":
+        return tree_digest(iteration_directory(Path(source.path)))
     return tree_digest(source.path) if source.kind == "directory" else file_digest(source.path)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from rlhf.checkpoints.family import Family
 from rlhf.errors import DataError
@@ -20,10 +22,10 @@ def families() -> dict[str, Family]:
     return {module.FAMILY.name: module.FAMILY for module in modules}
 
 
-def of_model_type(model_type: str) -> Family | None:
-    """The family of a config.json's model_type; None where several or none claim it."""
-    found = [family for family in families().values() if model_type in family.model_types]
-    return found[0] if len(found) == 1 else None
+def of_config(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json; None where none claims it."""
+    claims = (family for family in families().values() if config.get("model_type") in family.model_types)
+    return next((family for family in claims if family.when is None or family.when(config)), None)
 
 
 def named(name: str) -> Family:

@@ -47,10 +47,6 @@ DESCRIPTION = {
 NOT_THE_MODEL = re.compile(r"^(optimizer|rng_state|opt_param_scheduler|rerun_state_machine|iteration)(\.|/|$)")
 
 
-def is_one(directory: Path) -> bool:
-    return (directory / METADATA).is_file() or any(directory.glob("*.distcp"))
-
-
 def read_heap(directory: Path) -> Heap:
     """Every tensor of the model; nothing of the optimizer.
 

@@ -31,10 +31,6 @@ class Rank(NamedTuple):
     expert: int
 
 
-def is_one(directory: Path) -> bool:
-    return any(directory.glob("mp_rank_*"))
-
-
 def read_heap(directory: Path) -> Heap:
     """Every tensor of every rank, layers numbered over the pipeline.
 
