@@ -77,8 +77,17 @@ def verify(conversion: Conversion, reference: Path | None = None) -> Verdict:
         raise CheckFailed(f"--verify: {error}") from error
     verdict = compared(result, against, conversion, name)
     if not verdict.holds:
-        raise CheckFailed(f"{request.destination}: not the same model: {verdict}")
+        named = _differing(request.destination, reference) if request.to == "hf" and reference else ""
+        raise CheckFailed(f"{request.destination}: not the same model: {verdict}{named}")
     return verdict
+
+
+def _differing(result: Path, reference: Path) -> str:
+    """The tensors two Hugging Face directories differ in, in words."""
+    ours, theirs = hugging_face.read_tensors(result), hugging_face.read_tensors(reference)
+    different = [key for key in ours if key in theirs and not torch.equal(ours[key].read(), theirs[key].read())]
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    return f"; tensors that differ: {', '.join(different[:5])}{more}" if different else ""
 
 
 def compared(result: Logits, against: Logits, conversion: Conversion, name: str) -> Verdict:
