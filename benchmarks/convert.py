@@ -1,4 +1,4 @@
-"""`rlhf convert` against `cp` and fsync of the same bytes: a random llama of 740M parameters in fp16, both directions, TP 2 x PP 2.
+"""`rlhf convert` against `cp` and fsync of the same bytes: a random llama of 740M parameters, fp16, both ways, TP 2 x PP 2.
 
 Prints one JSON line: medians of wall seconds and their ratio to cp, CPU seconds, and the peak of anonymous memory above that of
 the same command on a tiny model, as a part of the weights. Needs 8 GB of disk and a Linux /proc.

@@ -79,8 +79,7 @@ def _weight_files(directory: Path) -> list[Path]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (directory / index).is_file():
-            shards = json.loads((directory / index).read_text())["weight_map"]
-            names_of_files = sorted(set(shards.values()))
+            names_of_files = _named_in(directory / index)
             for name in names_of_files:
                 if Path(name).name != name:
                     raise DataError(f"{directory / index}: {name!r} leads out of the directory")
@@ -90,6 +89,13 @@ def _weight_files(directory: Path) -> list[Path]:
         if (directory / single).is_file():
             return [directory / single]
     raise DataError(f"{directory}: no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards")
+
+
+def _named_in(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index}: not an index of weights: expected weight_map, a file for each tensor ({error!r})") from error
 
 
 def _opened(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from rlhf.checkpoints import megatron, sizes
+from rlhf.checkpoints import hugging_face, megatron, sizes
 from rlhf.checkpoints.convert import Conversion
 from rlhf.checkpoints.directory import is_megatron
 from rlhf.checkpoints.forward import MegatronForward

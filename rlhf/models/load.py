@@ -31,6 +31,8 @@ from rlhf.models.source import Source, resolve
 transformers_logging.set_verbosity_error()  # its load report is replaced by our own, stricter one
 transformers_logging.disable_progress_bar()
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "*.tiktoken")
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -45,6 +47,9 @@ class Loading:
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; one that cannot pad gets its EOS as pad (masks never look at ids)."""
     source = local(resolve(spec))
+    if source.kind == "directory" and not any(any(Path(source.path).glob(pattern)) for pattern in TOKENIZER_FILES):
+        # transformers 5 makes an empty one from config.json, which knows no word
+        raise DataError(f"{spec}: no tokenizer beside the model; copy its tokenizer.json and tokenizer_config.json there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except (OSError, ValueError) as error:

@@ -61,10 +61,7 @@ def test_nothing_there(spec: str) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("m/latest_checkpointed_iteration.txt", "Megatron.*not in this version"),
-        ("m/iter_0000010/mp_rank_00/model_optim_rng.pt", "Megatron"),
-        ("m/mp_rank_00/model_optim_rng.pt", "Megatron"),
-        ("m/__0_0.distcp", "Megatron"),
+        ("m/iter_0000010/mp_rank_00/model_optim_rng.pt", "Megatron.*name one of its iterations"),
         ("m/tokenizer.json", "no config.json.*It holds tokenizer.json"),
     ],
 )
@@ -72,6 +69,13 @@ def test_a_directory_that_is_no_model(file: str, message: str) -> None:
     write(file)
     with pytest.raises(DataError, match=message):
         resolve("m")
+
+
+@pytest.mark.parametrize("file", ["latest_checkpointed_iteration.txt", "mp_rank_00/model_optim_rng.pt", "__0_0.distcp"])
+def test_megatron_checkpoints(file: str) -> None:
+    write(f"m/{file}")
+    write("m/config.json")  # left beside the weights by converters
+    assert resolve("m") == Source("megatron", "m", None, None)
 
 
 def test_an_empty_directory_and_a_file_of_another_kind() -> None:

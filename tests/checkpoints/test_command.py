@@ -1,0 +1,84 @@
+"""`rlhf convert` as a command: what it prints, and how quickly it plans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import build
+
+from rlhf.cli import main
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    build("llama-gqa", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("hello")
+    return tmp_path
+
+
+def test_a_dry_run_names_every_tensor_and_touches_nothing(here, capsys) -> None:
+    assert main(["convert", "hf", "out", "--to", "megatron", "--tp", "2", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "hf/model.safetensors: model.layers.3.mlp.up_proj.weight" in shown
+    assert "-> release/mp_rank_01/model_optim_rng.pt: model/decoder.layers.3.mlp.linear_fc1.weight [96, 64]" in shown
+    assert "gate over up; split over 2 ranks by dimension 0, gate and up apart" in shown
+    assert not Path("out").exists()
+    assert main(["convert", "hf", "out", "--to", "megatron", "--tp", "2", "--dry-run", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    sources = [source for step in described["steps"] for source in step["sources"]]
+    targets = [target for step in described["steps"] for target in step["targets"]]
+    assert len(sources) == len(set(sources)) == 4 * 9 + 3
+    assert len(targets) == len(set(targets)) == 2 * (4 * 6 + 3)
+
+
+def test_there_and_back_with_all_that_stands_beside(here, capsys) -> None:
+    assert main(["convert", "hf", "out", "--to", "megatron", "--pp", "2", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 agrees on 100.0%, greedy continuation the same" in shown
+    assert main(["convert", "out", "back", "--to", "hf", "--verify", "--reference", "hf", "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["verified"]["holds"] is True
+    assert outcome["verified"]["max_difference"] == 0
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert Path("back", name).read_text() == Path("hf", name).read_text() or name == "config.json"
+    assert json.loads(Path("back/config.json").read_text())["num_key_value_heads"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["hf"], 2, "destination"),
+        (["hf", "out"], 2, "--to"),
+        (["hf", "out", "--to", "gguf"], 2, "invalid choice"),
+        (["hf", "out", "--to", "megatron", "--tp", "0"], 2, "at least 1"),
+        (["hf", "out", "--to", "hf", "--reference", "hf"], 2, "--verify"),
+        (["nowhere", "out", "--to", "hf"], 65, "no such directory"),
+        (["hf", "hf", "--to", "megatron"], 73, "already"),
+        (["hf", "out", "--to", "megatron", "--family", "lama"], 65, "there is no such family; there are baichuan"),
+        (["hf", "out", "--to", "megatron", "--family", "gpt2"], 65, "n_head|not a tensor"),
+        (["hf", "out", "--to", "bf16"], 65, "nothing to do"),
+    ],
+)
+def test_a_mistake_is_one_message(here, capsys, words, code, message) -> None:
+    import re
+
+    assert main(["convert", *words]) == code
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert "Traceback" not in said
+
+
+def test_planning_imports_no_transformers(here) -> None:
+    """Two seconds is what a plan may take beyond torch; transformers alone would take them."""
+    code = (
+        "import sys; from rlhf.cli import main; main(['convert', 'hf', 'out', '--to', 'megatron', '--dry-run']); "
+        "sys.exit('transformers' in sys.modules or 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

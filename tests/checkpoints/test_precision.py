@@ -1,0 +1,101 @@
+"""FP8 weights with block factors: BF16 and back, against values computed one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build
+from transformers import AutoModelForCausalLM
+
+from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.fp8_weights import dequantised, quantised
+from rlhf.checkpoints.verify import verify
+from rlhf.errors import CheckFailed, DataError
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 200), (1, 1), (127, 129), (300, 64)])
+def test_a_weight_is_its_code_times_the_factor_of_its_block(shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(math.ceil(shape[0] / 128), math.ceil(shape[1] / 128), generator=generator)
+    weights = dequantised(codes, scales)
+    assert weights.dtype == torch.bfloat16
+    for row in range(0, shape[0], 43):
+        for column in range(0, shape[1], 37):
+            exact = codes[row, column].double() * scales[row // 128, column // 128].double()
+            assert weights[row, column] == exact.float().bfloat16()
+
+
+def test_there_and_back() -> None:
+    """Half a step of E4M3 (3 bits of mantissa: 1/16 of the value, or of the smallest normal) bounds the error."""
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)) * 3
+    weight[:128, :128] = 0
+    codes, scales = quantised(weight)
+    assert scales.shape == (2, 3)
+    back = codes.float() * scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    step = torch.maximum(weight.abs() / 16, 2**-10 * scales.max())
+    assert ((back - weight).abs() <= step).all()
+    for row in range(2):
+        for column in range(3):
+            block = weight[row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128].abs().max()
+            assert scales[row, column] == (block / 448 if block else 1)
+
+
+def test_a_factor_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"do not take \(1, 1\) factors"):
+        dequantised(torch.zeros(130, 130).to(torch.float8_e4m3fn), torch.ones(1, 1))
+
+
+def test_a_directory_to_fp8_and_to_bf16(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "hf")
+    write(plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")))
+    codes = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert codes["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert codes["model.layers.0.self_attn.q_proj.weight_scale_inv"].dtype == torch.float32
+    assert codes["model.layers.0.mlp.gate.weight"].dtype == torch.float32
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+    conversion = plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
+    write(conversion)
+    plain = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert not any(key.endswith("_scale_inv") for key in plain)
+    first = plain["model.layers.0.self_attn.q_proj.weight"]
+    factor = codes["model.layers.0.self_attn.q_proj.weight_scale_inv"].item()
+    assert torch.equal(first, (codes["model.layers.0.self_attn.q_proj.weight"].float() * factor).bfloat16())
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert verify(conversion, tmp_path / "bf16").max_difference == 0
+    with pytest.raises(CheckFailed, match="--reference"):
+        verify(conversion)
+    with pytest.raises(CheckFailed, match="not the same model"):
+        verify(conversion, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("q_proj.weight_scale_inv", r"q_proj\.weight: is FP8, and .*_scale_inv is missing"),
+        ("q_proj.weight", "weight it belongs"),
+    ],
+)
+def test_half_of_a_pair_is_refused(tmp_path: Path, drop: str, message: str) -> None:
+    build("llama", tmp_path / "hf")
+    write(plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")))
+    file = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.self_attn.{drop}"]
+    save_file(tensors, file)
+    with pytest.raises(DataError, match=message):
+        plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
+
+
+def test_nothing_in_fp8_is_said(tmp_path: Path) -> None:
+    build("llama", tmp_path / "hf")
+    with pytest.raises(DataError, match="there is nothing to do"):
+        plan(Request(tmp_path / "hf", tmp_path / "bf16", "bf16"))
