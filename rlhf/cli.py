@@ -30,6 +30,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
   show RUN         what a run was made from                rlhf show runs/ppo
   convert SRC DST  a checkpoint into another format        rlhf convert megatron/ model/ --to hf --verify
+  vocab expand     new pieces for tokenizer and model      rlhf vocab expand MODEL DST --tokens FILE
   path STAGE       where a stage's recipe is               rlhf path ppo
   copy STAGE       a copy of the recipe, to edit           rlhf copy ppo my_ppo.py
 
@@ -61,6 +62,14 @@ rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--refer
   --dry-run prints every tensor, its target and the operation, and touches nothing; --verify compares logits (exit 1)."""
 
 
+VOCAB_USAGE = """\
+rlhf vocab expand MODEL DST --tokens FILE [--multiple-of N] [--dry-run] [--json]
+
+  FILE has one piece a line, or is a tokenizer (a directory or its tokenizer.json) whose pieces are merged in. A new row of
+  embedding and head is the mean of the rows of the old pieces of the same text; old rows stay as they are to the bit.
+  --multiple-of N rounds the embedding's rows up."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (rlhf/errors.py); a mistake of the user is one message, no traceback."""
     try:
@@ -81,6 +90,7 @@ def _dispatch(argv: list[str]) -> int:
         "run": _run,
         "show": _show,
         "convert": _convert,
+        "vocab": _vocab,
         "path": _path,
         "copy": _copy,
     }
@@ -212,6 +222,33 @@ def _convert(argv: list[str]) -> int:
         shard_bytes=int(given.shard_gb * 1e9),
     )
     return convert(request, given.dry_run, given.verify, given.reference, given.as_json)
+
+
+def _vocab(argv: list[str]) -> int:
+    parser = _Parser(VOCAB_USAGE)
+    parser.add_argument("action", choices=("expand",))
+    parser.add_argument("model")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--multiple-of", type=_positive, default=1)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    given = parser.parse_args(argv)
+
+    from rlhf.models.vocabulary import grow, plan_growth, read_pieces
+
+    pieces, unusable = read_pieces(given.tokens)
+    growth = plan_growth(given.model, pieces, unusable, given.multiple_of)
+    if not given.dry_run:
+        grow(given.model, given.destination, growth)
+    if given.as_json:
+        print(json.dumps(asdict(growth), indent=2))
+    else:
+        print(
+            f"vocab  {len(growth.new)} new pieces from id {growth.first_id} on, {growth.known} known already, "
+            f"{growth.unusable} no text by themselves; embedding rows {growth.rows_before} -> {growth.rows_after}"
+        )
+    return 0
 
 
 def _positive(text: str) -> int:

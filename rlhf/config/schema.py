@@ -343,5 +343,6 @@ SHORT_FLAGS = {
     "reference": "roles.reference",
     "reward": "reward.source",
     "data": "data.train",
+    "json_key": "data.json_key",
 }
 """Flags that are short for a config field, for the stages that have the field."""
