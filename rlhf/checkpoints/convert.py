@@ -65,6 +65,9 @@ class Conversion:
     warnings: list[str]
 
 
+INEXACT = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh")
+"""Approximations of GELU, which differ from it by up to 1e-3."""
+
 WRITERS = 2
 """Threads that hash and write; more than two find the disk busy."""
 
@@ -119,9 +122,18 @@ def plan(request: Request) -> Conversion:
             config = sizes.with_rotary_base(family, config, request.rotary_base)
     else:
         target = _megatron_target(request, tensors, source, family, known, dtype)
+        if (activation := _activation(config)) in INEXACT:
+            warnings.append(
+                f"the model's activation is {activation}; Megatron computes the exact GELU unless it is told otherwise"
+            )
     target.texts[CONFIG] = json.dumps(config, indent=2) + "\n" if config else ""
     carried = _carried(config_home or request.source)
     return Conversion(request, source, target, checks, family, config, carried, warnings)
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    keys = ("hidden_act", "activation_function", "activation")
+    return next((config[key] for key in keys if config.get(key)), "gelu_tanh" if config.get("model_type") == "bloom" else "")
 
 
 def _config_home(request: Request, of_megatron: bool) -> Path | None:
@@ -224,9 +236,9 @@ def _megatron_target(
     tensors = {
         name: _padded(stored, padded) if name in (names.EMBEDDING, names.HEAD) else stored for name, stored in tensors.items()
     }
-    args = sizes.args_namespace(family, known, request.grid, padded, dtype, style, request.layout)
+    args = sizes.args_namespace(family, known, tensors, request.grid, padded, dtype, style, request.layout)
     if request.layout == "torch_dist":
-        return torch_dist.lay_out(tensors, args)
+        return torch_dist.lay_out(tensors, style, args)
     return write_torch.lay_out(tensors, source.heads, request.grid, style, args)
 
 

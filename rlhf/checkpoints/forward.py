@@ -142,7 +142,7 @@ class MegatronForward:
     def _experts(self, x: Tensor, name: str) -> Tensor:
         chosen = int(self.family.size(self.config, "experts_per_token"))
         weights, experts = (x @ self._weight(f"{name}.router.weight").T).softmax(-1).topk(chosen)
-        if self.config.get("norm_topk_prob", self.family.name == "mixtral"):
+        if "router_renormalised" not in self.family.sizes or self.family.size(self.config, "router_renormalised"):
             weights = weights / weights.sum(-1, keepdim=True)
         result = torch.zeros_like(x)
         for expert in experts.unique().tolist():

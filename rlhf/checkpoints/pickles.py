@@ -153,7 +153,8 @@ class Piece(NamedTuple):
     """of the whole tensor"""
     shape: tuple[int, ...]
     """of the piece"""
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None: no tensor, but what torch.save wrote of something else"""
     file: str
     begin: int
     length: int
@@ -166,6 +167,10 @@ def write_metadata(path: Path, pieces: Iterable[Piece]) -> None:
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     for piece in pieces:
+        if piece.dtype is None:
+            tensors[piece.key] = metadata.BytesStorageMetadata()
+            places[metadata.MetadataIndex(piece.key)] = filesystem._StorageInfo(piece.file, piece.begin, piece.length)
+            continue
         about = metadata.TensorStorageMetadata(metadata.TensorProperties(piece.dtype), torch.Size(piece.size), [])
         chunk = metadata.ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
         tensors.setdefault(piece.key, about).chunks.append(chunk)

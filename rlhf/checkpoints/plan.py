@@ -37,7 +37,7 @@ class TargetFile:
     kind: Kind
     entries: dict[str, Entry] = field(default_factory=dict)
     content: dict[str, Any] = field(default_factory=dict)
-    """what is in it beside tensors"""
+    """what is in it beside tensors; in a .distcp file under keys of their own"""
 
 
 @dataclass(frozen=True)

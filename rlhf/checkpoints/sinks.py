@@ -148,6 +148,10 @@ class _Distcp:
         self.stream = path.open("wb")
         self.lock = Lock()
         self.places: dict[str, tuple[int, int]] = {}
+        for key, value in file.content.items():
+            saved = io.BytesIO()
+            torch.save(value, saved)
+            self.places[key] = (self.stream.tell(), self.stream.write(saved.getbuffer()))
 
     def write(self, key: str, tensor: Tensor) -> str:
         piece = tensor.detach().reshape(self.target.entries[key].shape).contiguous()
@@ -162,7 +166,10 @@ class _Distcp:
     def close(self) -> None:
         pieces = []
         for key, (begin, length) in self.places.items():
-            entry = self.target.entries[key]
+            entry = self.target.entries.get(key)
+            if entry is None:
+                pieces.append(Piece(key, (), (), (), None, self.path.name, begin, length))
+                continue
             pieces.append(Piece(*entry.where, entry.shape, entry.dtype, self.path.name, begin, length))
         write_metadata(self.path.parent / ".metadata", pieces)
         os.fsync(self.stream.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,8 @@ def of_config(family: Family, config: Mapping[str, Any]) -> Sizes:
 def of_args(args: Mapping[str, Any]) -> Sizes:
     """What Megatron's args say."""
     found = {name: args.get(argument) for name, argument in ARGS.items()}
+    if args.get("moe_router_pre_softmax") is not None:
+        found["router_renormalised"] = not args["moe_router_pre_softmax"]
     found["norm_epsilon"] = found["norm_epsilon"] or args.get("layernorm_epsilon")
     if args.get("num_attention_heads") and "kv_channels" in args:
         found = {**MEGATRON_DEFAULTS, **{name: size for name, size in found.items() if size is not None}}
@@ -144,13 +146,21 @@ def with_rotary_base(family: Family, config: Mapping[str, Any], base: float) -> 
     return {**config, family.sizes["rotary_base"]: float(base), "rope_parameters": section}
 
 
+def _biases(names_of_tensors: Collection[str]) -> dict[str, bool]:
+    """Which matrices have biases, as Megatron's args say it: Llama's may or may not."""
+    first = {"layer": "0", "expert": "0", "leaf": "bias"}
+    linear = any(fill(template, first) in names_of_tensors for template in (names.PROJ, names.FC1, names.EXPERT_FC1))
+    return {"add_bias_linear": linear, "add_qkv_bias": fill(names.QKV, first) in names_of_tensors}
+
+
 def args_namespace(
-    family: Family, sizes: Sizes, grid: Grid, padded: int, dtype: torch.dtype, style: str, layout: str
+    family: Family, sizes: Sizes, tensors: Collection[str], grid: Grid, padded: int, dtype: torch.dtype, style: str, layout: str
 ) -> Namespace:
     """Megatron's args for the model, as far as they describe it."""
     told = {argument: sizes.get(name) for name, argument in ARGS.items()}
     return Namespace(
-        **{**told, **family.args},
+        **{**told, **family.args, **_biases(tensors)},
+        moe_router_pre_softmax=not sizes.get("router_renormalised", True),
         group_query_attention=sizes["groups"] != sizes["heads"],
         untie_embeddings_and_output_weights=not sizes["tied"],
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,

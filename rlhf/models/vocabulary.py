@@ -101,8 +101,7 @@ def grow(spec: str, directory: Path, growth: Growth) -> None:
     source = local(resolve(spec))
     config = AutoConfig.from_pretrained(source.path, revision=source.revision)
     model = load_actor(spec, Loading(dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32))
-    added: list[str | AddedToken] = [AddedToken(piece, normalized=False) for piece in growth.new]
-    tokenizer.add_tokens(added)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in growth.new])  # pyright: ignore[reportArgumentType]
     _add_rows(model, [_split(old, piece) for piece in growth.new], growth)
     directory.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, directory, tokenizer, load_generation_config(spec))

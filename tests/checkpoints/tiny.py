@@ -56,6 +56,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder-heads": ("gpt_bigcode", GPT2 | {"multi_query": False}),
     "starcoder2": ("starcoder2", LLAMA),
     "gpt2": ("gpt2", GPT2),
+    "gpt2-exact": ("gpt2", GPT2 | {"activation_function": "gelu"}),
 }
 """Models whose attention divides by four ranks."""
 

@@ -25,7 +25,14 @@ FAMILY = Family(
         **{name: key for name, key in MOE_SIZES.items() if name != "head_width"},
         "shared_mlp": "shared_expert_intermediate_size",
     },
-    defaults={"tied": False, "rotary_base": 10000.0, "norm_epsilon": 1e-6, "experts_per_token": 4, "mlp": 5632},
+    defaults={
+        "tied": False,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-6,
+        "experts_per_token": 4,
+        "mlp": 5632,
+        "router_renormalised": False,
+    },
     constants={"hidden_act": "silu"},
     args={**ROTARY_RMS_GATED, "add_bias_linear": False, "add_qkv_bias": True, "qk_layernorm": False},
 )

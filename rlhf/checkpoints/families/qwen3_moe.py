@@ -17,6 +17,7 @@ MOE_SIZES = {
     "experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
     "expert_mlp": "moe_intermediate_size",
+    "router_renormalised": "norm_topk_prob",
 }
 
 FAMILY = Family(
@@ -25,7 +26,14 @@ FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     tensors={**OUTSIDE, **ATTENTION, **HEAD_NORMS, **GATED_MLP, **EXPERTS},
     sizes=MOE_SIZES,
-    defaults={"tied": False, "rotary_base": 10000.0, "norm_epsilon": 1e-6, "experts_per_token": 8, "mlp": 6144},
-    constants={"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": True},
+    defaults={
+        "tied": False,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-6,
+        "experts_per_token": 8,
+        "mlp": 6144,
+        "router_renormalised": False,
+    },
+    constants={"hidden_act": "silu", "attention_bias": False},
     args={**ROTARY_RMS_GATED, "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": True},
 )

@@ -155,7 +155,7 @@ def _one_by_one(name: str, key: str, tensor: _Global) -> Iterator[tuple[str, Sto
         yield single, tensor.part(tuple(front))
 
 
-def lay_out(tensors: Mapping[str, Stored], args: argparse.Namespace) -> Target:
+def lay_out(tensors: Mapping[str, Stored], style: str, args: argparse.Namespace) -> Target:
     """One file of pieces: a layer's tensor, or an expert's, is a piece. `tensors` are ours, the vocabulary padded already."""
     target = Target("Megatron, format torch_dist")
     data = TargetFile(f"{ITERATION}/__0_0.distcp", "distcp")
@@ -167,8 +167,9 @@ def lay_out(tensors: Mapping[str, Stored], args: argparse.Namespace) -> Target:
         names.EXPERT_FC1: names.LAYER + "mlp.experts.experts.linear_fc1.{leaf}",
         names.EXPERT_FC2: names.LAYER + "mlp.experts.experts.linear_fc2.{leaf}",
     }
-    if args.num_experts:
+    if args.num_experts and style != "local":  # megatron-core 0.16.1: only its local layers keep this norm's dense name
         written[names.MLP_NORM] = names.MLP_NORM
+    data.content = dict.fromkeys(_extra_states(tensors, args.num_layers, args.num_experts), [None])
     for ours, stored in tensors.items():
         template, values = names.template_of(ours)
         fqn = fill(written[template].replace(".{layer}.", "."), values)
@@ -182,3 +183,18 @@ def lay_out(tensors: Mapping[str, Stored], args: argparse.Namespace) -> Target:
     target.texts[f"{ITERATION}/metadata.json"] = json.dumps(DESCRIPTION)
     target.texts["latest_checkpointed_iteration.txt"] = "0"
     return target
+
+
+def _extra_states(tensors: Mapping[str, Stored], layers: int, experts: int | None) -> Iterator[str]:
+    """The keys under which linear layers keep a state of their own, empty here; loading asks for them."""
+    for ours in tensors:
+        module, _, leaf = ours.rpartition(".")
+        _, values = names.template_of(ours)
+        if leaf != "weight" or not re.search(r"linear_(qkv|proj|fc1|fc2)$", module):
+            continue
+        stem = module.replace(f"layers.{values['layer']}.", "layers.")
+        if "expert" in values:
+            stem = stem.replace(f"experts.{values['expert']}.", "experts.experts.")
+            yield f"{stem}._extra_state/shard_{values['layer']}.{values['expert']}_{layers}.{experts}"
+        else:
+            yield f"{stem}._extra_state/shard_{values['layer']}_{layers}"
