@@ -107,5 +107,5 @@ def test_the_same_metadata_as_megatron(tmp_path: Path) -> None:
     write(plan(Request(home / "hf", tmp_path / "m", "megatron", layout="torch_dist")))
     ours = open_metadata(tmp_path / "m" / "iter_0000000" / ".metadata").state_dict_metadata
     theirs = open_metadata(home / "megatron" / "iter_0000010" / ".metadata").state_dict_metadata
-    sizes = {key: tuple(about.size) for key, about in theirs.items() if hasattr(about, "size")}
-    assert {key: tuple(about.size) for key, about in ours.items()} == sizes
+    sizes = {key: tuple(getattr(about, "size", ())) for key, about in theirs.items() if not key.startswith("rng_state")}
+    assert {key: tuple(getattr(about, "size", ())) for key, about in ours.items()} == sizes

@@ -169,7 +169,7 @@ def lay_out(tensors: Mapping[str, Stored], style: str, args: argparse.Namespace)
     }
     if args.num_experts and style != "local":  # megatron-core 0.16.1: only its local layers keep this norm's dense name
         written[names.MLP_NORM] = names.MLP_NORM
-    data.content = dict.fromkeys(_extra_states(tensors, args.num_layers, args.num_experts), [None])
+    data.content = {key: [None] for key in _extra_states(tensors, args.num_layers, args.num_experts)}
     for ours, stored in tensors.items():
         template, values = names.template_of(ours)
         fqn = fill(written[template].replace(".{layer}.", "."), values)
