@@ -47,7 +47,8 @@ rlhf run PIPELINE [--output DIR] [--seed N] [--launch NAME|FILE] [--nproc N] [--
 CONVERT_USAGE = """\
 rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--reference DIR]] [--json]
 
-  SRC is a Megatron checkpoint (legacy, core, torch_dist; its root or one iteration), a Hugging Face directory or a run.
+  SRC is a Megatron checkpoint (legacy, core, torch_dist; its root or one iteration), a Hugging Face directory, a run,
+  a LoRA adapter or FSDP's shards (--to hf merges them).
   What it is, how it is spread over ranks and every size are found out. What cannot be known:
     --config DIR            a Hugging Face directory of the same model: config.json and tokenizer come from it
     --family NAME           the table of names to use; an unknown name lists them
@@ -208,6 +209,8 @@ def _convert(argv: list[str]) -> int:
     source = given.source
     if (source / "run.json").is_file():
         source = Path(resolve(str(source)).path)
+    if (source / "adapter_config.json").is_file():
+        return _merge(source, given.destination, given.to)
     request = Request(
         source=source,
         destination=given.destination,
@@ -222,6 +225,18 @@ def _convert(argv: list[str]) -> int:
         shard_bytes=int(given.shard_gb * 1e9),
     )
     return convert(request, given.dry_run, given.verify, given.reference, given.as_json)
+
+
+def _merge(adapter: Path, destination: Path, to: str) -> int:
+    from rlhf.models.save import save_merged
+
+    if to != "hf":
+        raise UsageError(f"{adapter}: a LoRA adapter; --to hf merges it into its base, and the result converts to {to}")
+    if destination.exists():
+        raise OutputError(f"{destination}: is there already; name another directory, or remove it")
+    save_merged(str(adapter), destination)
+    print(f"convert  the adapter {adapter}, merged into its base: {destination}")
+    return 0
 
 
 def _vocab(argv: list[str]) -> int:

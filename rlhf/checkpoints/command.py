@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from rlhf.checkpoints.convert import Conversion, Request, plan, write
+from rlhf.checkpoints.convert import Conversion, Request, plan
+from rlhf.checkpoints.writing import write
 
 
 def convert(request: Request, dry_run: bool, verify: bool, reference: Path | None, as_json: bool) -> int:

@@ -1,35 +1,28 @@
-"""From one checkpoint to another: planned from names and shapes, written a tensor at a time, complete or not at all."""
+"""From one checkpoint to another: what was found and what will be written, from names and shapes alone."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, names, sizes
-from rlhf.checkpoints.directory import is_megatron
+from rlhf.checkpoints.directory import is_megatron, is_torch_dist
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
 from rlhf.checkpoints.layouts import torch_dist, write_torch
+from rlhf.checkpoints.layouts.heap import Heap
 from rlhf.checkpoints.operations import concatenated
-from rlhf.checkpoints.plan import Check, Step, Target
-from rlhf.checkpoints.sinks import open_sink
+from rlhf.checkpoints.plan import Check, Target
 from rlhf.checkpoints.sizes import Grid, Sizes
 from rlhf.checkpoints.stored import Checkpoint, Stored, derived
-from rlhf.digest import file_digest
-from rlhf.errors import DataError, OutputError, StorageError
+from rlhf.errors import DataError
 
-MANIFEST = "conversion.json"
-SCHEMA_VERSION = 1
 To = Literal["hf", "megatron", "te", "bf16", "fp8"]
 
 
@@ -68,12 +61,6 @@ class Conversion:
 INEXACT = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh")
 """Approximations of GELU, which differ from it by up to 1e-3."""
 
-WRITERS = 2
-"""Threads that hash and write; more than two find the disk busy."""
-
-Progress = Callable[[int], None]
-"""Told how many bytes have just been written."""
-
 
 def plan(request: Request) -> Conversion:
     """Everything a conversion will do, from names and shapes alone; nothing is written.
@@ -86,6 +73,8 @@ def plan(request: Request) -> Conversion:
         raise DataError(f"{request.source}: no such directory")
     if request.to in ("bf16", "fp8"):
         return _plan_precision(request)
+    if is_torch_dist(request.source) and (heap := torch_dist.read_heap(request.source)) and not _is_megatrons(heap):
+        return _plan_merge(request, heap)
     of_megatron = is_megatron(request.source)
     config_home = _config_home(request, of_megatron)
     config = read_config(config_home) if config_home else {}
@@ -129,6 +118,39 @@ def plan(request: Request) -> Conversion:
     target.texts[CONFIG] = json.dumps(config, indent=2) + "\n" if config else ""
     carried = _carried(config_home or request.source)
     return Conversion(request, source, target, checks, family, config, carried, warnings)
+
+
+def _is_megatrons(heap: Heap) -> bool:
+    """Whether torch.distributed.checkpoint's files hold Megatron's tensors, not a Hugging Face model's."""
+    return bool(heap.args) or names.EMBEDDING in heap.tensors
+
+
+def _plan_merge(request: Request, heap: Heap) -> Conversion:
+    """A Hugging Face model that FSDP saved in shards (SHARDED_STATE_DICT), as one directory."""
+    home = request.config
+    if request.to != "hf" or home is None:
+        raise DataError(
+            f"{request.source}: sharded weights of a training run; they become a model with --to hf and --config, the Hugging "
+            "Face directory the training started from"
+        )
+    config = read_config(home)
+    tensors = {key: stored for key, (stored,) in heap.tensors.items()}
+    expected = hugging_face.read_tensors(home)
+    tied = "lm_head.weight" in tensors and "lm_head.weight" not in expected
+    copies = {"lm_head.weight"} if tied else set()
+    shared = set(tensors) & set(expected)
+    for problem, keys in (
+        ("is missing", set(expected) - set(tensors)),
+        (f"is not in {home}", set(tensors) - set(expected) - copies),
+        (f"has another shape in {home}", {key for key in shared if tensors[key].shape != expected[key].shape}),
+    ):
+        if keys:
+            raise DataError(f"{request.source}: {min(keys)} {problem}")
+    kept = {key: stored for key, stored in tensors.items() if key in expected}
+    target = hugging_face.lay_out_as_named(kept, "Hugging Face, merged", request.shard_bytes)
+    target.texts[CONFIG] = json.dumps(config, indent=2) + "\n"
+    source = Checkpoint("shards of torch.distributed.checkpoint", kept, skipped=heap.skipped, files=heap.files)
+    return Conversion(request, source, target, [], None, config, _carried(home), [])
 
 
 def _activation(config: Mapping[str, Any]) -> str:
@@ -268,93 +290,3 @@ def _plan_precision(request: Request) -> Conversion:
 
 def _carried(home: Path) -> list[Path]:
     return sorted({file for pattern in CARRIED for file in home.glob(pattern) if file.is_file()})
-
-
-def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
-    """Carry a plan out. The destination appears complete, or not at all.
-
-    Raises:
-        OutputError: the destination is there already, or cannot be made.
-        StorageError: the disk has no room for it.
-        DataError: what must be equal, or zero, is not.
-    """
-    destination = conversion.request.destination
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise OutputError(f"{destination}: is there already and not empty; name another directory, or remove it")
-    partial = destination.with_name(f".{destination.name}-{os.getpid()}.partial")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        for partial_of_another in destination.parent.glob(f".{destination.name}-*.partial"):
-            process = partial_of_another.name.removesuffix(".partial").rpartition("-")[2]
-            if process.isdigit() and not psutil.pid_exists(int(process)):
-                shutil.rmtree(partial_of_another)  # left by a kill
-        free = shutil.disk_usage(destination.parent).free
-        if free < conversion.target.bytes:
-            raise StorageError(f"{destination.parent}: {conversion.target.bytes:,} bytes are needed, {free:,} are free")
-        partial.mkdir()
-        try:
-            _fill(conversion, partial, progress)
-            if destination.exists():
-                destination.rmdir()
-            partial.rename(destination)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        kind = StorageError if error.errno in (5, 28, 122) else OutputError
-        raise kind(f"{destination}: cannot be written: {error}") from error
-
-
-def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
-    target = conversion.target
-    for check in conversion.checks:
-        _hold(check)
-    digests: dict[str, str] = {}
-    with ThreadPoolExecutor(WRITERS) as writers:
-        source_digests = writers.submit(lambda: {file: file_digest(file) for file in conversion.source.files})
-        sinks = {name: open_sink(directory, file) for name, file in target.files.items()}
-        for step in target.steps:
-            writing = [(file, key, writers.submit(sinks[file].write, key, part)) for part, file, key in _parts(step)]
-            for file, key, written in writing:
-                digests[f"{file}: {key}"] = written.result()
-                progress(target.files[file].entries[key].bytes)
-        list(writers.map(lambda sink: sink.close(), sinks.values()))
-    for name, text in target.texts.items():
-        if text:
-            (directory / name).write_text(text)
-    for file in conversion.carried:
-        if file.name not in target.texts:
-            shutil.copyfile(file, directory / file.name)
-    (directory / MANIFEST).write_text(json.dumps(_manifest(conversion, source_digests.result(), digests), indent=1) + "\n")
-
-
-def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:
-    whole = step.source.read()
-    if tuple(whole.shape) != step.source.shape:
-        raise DataError(f"{step.source.origins[0]}: is {tuple(whole.shape)}, planned as {step.source.shape}")
-    for part, (file, key) in zip(step.split(whole), step.targets, strict=True):
-        yield part, file, key
-
-
-def _hold(check: Check) -> None:
-    found = check.stored.read()
-    if check.equal_to is None:
-        if found.any():
-            raise DataError(f"{check.stored.origins[0]}: the family has no such bias, and this one is not zero")
-    elif not torch.equal(found, check.equal_to.read()):
-        raise DataError(f"{check.stored.origins[0]}: must be equal to {check.equal_to.origins[0]}, and is not")
-
-
-def _manifest(conversion: Conversion, source_digests: Mapping[str, str], digests: Mapping[str, str]) -> dict[str, Any]:
-    source = conversion.source
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "from": source.format,
-        "to": conversion.target.format,
-        "family": conversion.family.name if conversion.family else None,
-        "source": str(conversion.request.source),
-        "source_files": dict(source_digests),
-        "tensors": dict(digests),
-        "skipped": list(source.skipped),
-        "warnings": conversion.warnings,
-    }

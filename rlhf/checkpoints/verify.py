@@ -60,7 +60,7 @@ def verify(conversion: Conversion, reference: Path | None = None) -> Verdict:
     if family is not None and family.mapping_only:
         raise CheckFailed(f"{family.name}: tensor mapping only: {family.mapping_only}")
     try:
-        if request.to == "hf":
+        if request.to == "hf" and family is not None:
             result = transformers_logits(request.destination)
             against = transformers_logits(reference) if reference else _source_logits(conversion)
             name = str(reference) if reference else f"a forward pass over the tensors of {request.source}"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.directory import iteration_directory
+from rlhf.checkpoints.writing import write
 from rlhf.digest import cache_directory, text_digest, tree_digest
 from rlhf.errors import CheckFailed, DataError
 

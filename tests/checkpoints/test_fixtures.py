@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.layouts.torch_files import _flat
 from rlhf.checkpoints.pickles import open_pt
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.verify import verify
+from rlhf.checkpoints.writing import write
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "megatron"
 NAMES = (

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import build
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
+from rlhf.checkpoints.writing import write
 from rlhf.cli import main
 
 WITNESS = "it-ran"

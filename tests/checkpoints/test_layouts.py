@@ -12,8 +12,9 @@ from rewrite import content_of, rewrite
 from safetensors.torch import load_file
 from tiny import build
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
+from rlhf.checkpoints.writing import write
 from rlhf.errors import DataError
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.hugging_face import read_hugging_face
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.verify import verify
+from rlhf.checkpoints.writing import write
 from rlhf.errors import CheckFailed
 
 H, F, V, WIDTH, HEADS = 64, 96, 100, 16, 4

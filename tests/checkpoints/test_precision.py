@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 from transformers import AutoModelForCausalLM
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.fp8_weights import dequantised, quantised
 from rlhf.checkpoints.verify import verify
+from rlhf.checkpoints.writing import write
 from rlhf.errors import CheckFailed, DataError
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny import build
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
+from rlhf.checkpoints.writing import write
 
 DRIVER = Path(__file__).with_name("real_megatron.py")
 MODELS = ("llama-gqa", "llama-bias-tied", "qwen2-tied", "qwen3", "mixtral", "qwen3_moe", "gpt2-exact")

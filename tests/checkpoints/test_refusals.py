@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import build
 
 from rlhf.checkpoints import operations
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.verify import verify
+from rlhf.checkpoints.writing import write
 from rlhf.errors import CheckFailed, DataError, OutputError, StorageError, UsageError
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"

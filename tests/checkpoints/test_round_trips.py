@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import NATIVE, ONE_GROUP, build
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.verify import verify
+from rlhf.checkpoints.writing import write
 from rlhf.errors import UsageError
 
 GRIDS = {

@@ -11,8 +11,9 @@ import torch
 from harness import flags, metrics, run, run_on_two
 from safetensors.torch import load_file
 
-from rlhf.checkpoints.convert import Request, plan, write
+from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
+from rlhf.checkpoints.writing import write
 from rlhf.cli import main
 
 

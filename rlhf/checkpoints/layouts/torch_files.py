@@ -111,6 +111,11 @@ def _ranks(directory: Path, places: list[str], args: Mapping[str, Any]) -> dict[
                 f"{directory}: holds {size} {axis}-parallel ranks, its args say {told[axis]} ({axis}_model_parallel_size); "
                 "are files missing, or left from another run?"
             )
+    if args.get("expert_tensor_parallel_size") not in (None, sizes.tensor) and sizes.expert > 1:
+        raise DataError(
+            f"{directory}: experts are spread over {args['expert_tensor_parallel_size']} tensor ranks and the rest over "
+            f"{sizes.tensor}; such checkpoints are not read, save as torch_dist"
+        )
     there = set(ranks.values())
     for tensor in range(sizes.tensor):
         for pipeline in range(sizes.pipeline):
