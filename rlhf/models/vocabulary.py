@@ -102,9 +102,20 @@ def grow(spec: str, directory: Path, growth: Growth) -> None:
     config = AutoConfig.from_pretrained(source.path, revision=source.revision)
     model = load_actor(spec, Loading(dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32))
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in growth.new])  # pyright: ignore[reportArgumentType]
+    _check_spelling(tokenizer, growth.new)
     _add_rows(model, [_split(old, piece) for piece in growth.new], growth)
     directory.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, directory, tokenizer, load_generation_config(spec))
+
+
+def _check_spelling(tokenizer: PreTrainedTokenizerBase, new: Sequence[str]) -> None:
+    for piece in new:
+        back = tokenizer.decode(_split(tokenizer, piece))
+        if back != piece:
+            raise DataError(
+                f"{piece!r}: as an added token this tokenizer reads it back as {back!r} (byte-level decoders do that to letters "
+                "outside ASCII, tokenizers 0.23); leave it out"
+            )
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:

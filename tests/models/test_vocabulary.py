@@ -125,6 +125,14 @@ def test_bad_pieces(content, code, message, capsys) -> None:
     assert not Path("new").exists()
 
 
+def test_a_piece_the_tokenizer_cannot_spell(capsys) -> None:
+    model(Path("old"))
+    Path("pieces.txt").write_text("naïveté")
+    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 65
+    assert "reads it back as" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 def test_a_destination_that_is_there(capsys) -> None:
     model(Path("old"))
     Path("new").mkdir()
