@@ -113,8 +113,8 @@ def _check_spelling(tokenizer: PreTrainedTokenizerBase, new: Sequence[str]) -> N
         back = tokenizer.decode(_split(tokenizer, piece))
         if back != piece:
             raise DataError(
-                f"{piece!r}: as an added token this tokenizer reads it back as {back!r} (byte-level decoders do that to letters "
-                "outside ASCII, tokenizers 0.23); leave it out"
+                f"{piece!r}: as an added token this tokenizer reads it back as {back!r} (byte-level decoders do that to "
+                "letters outside ASCII, tokenizers 0.23); leave it out"
             )
 
 
