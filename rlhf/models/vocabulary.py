@@ -79,8 +79,11 @@ def plan_growth(spec: str, pieces: Sequence[str], unusable: int = 0, multiple_of
     """What `grow` will do; only the tokenizer and config.json are read."""
     tokenizer = load_tokenizer(spec)
     source = local(resolve(spec))
+    if (Path(source.path) / "adapter_config.json").is_file():
+        raise DataError(f"{spec}: a LoRA adapter has no vocabulary of its own; merge it first: rlhf convert {spec} DST --to hf")
     rows = AutoConfig.from_pretrained(source.path, revision=source.revision).get_text_config().vocab_size
-    new = [piece for piece in pieces if len(_split(tokenizer, piece)) > 1]
+    # one token after a space is known, too: an added token would tear that one apart
+    new = [piece for piece in pieces if min(len(_split(tokenizer, text)) for text in (piece, f" {piece}")) > 1]
     needed = max(rows, len(tokenizer) + len(new))
     after = -(-needed // multiple_of) * multiple_of
     return Growth(new, len(pieces) - len(new), unusable, len(tokenizer), rows, after)
@@ -132,4 +135,6 @@ def _add_rows(model: PreTrainedModel, splits: Sequence[Sequence[int]], growth: G
     for table in tables:
         for number, split in enumerate(splits):
             table[growth.first_id + number] = table[list(split)].float().mean(0).to(table.dtype)
-        table[max(growth.rows_before, growth.first_id + len(splits)) :] = 0
+        # rows of padding are no likelier than the mean of all: zeros would stand out where logits are low
+        padding = max(growth.rows_before, growth.first_id + len(splits))
+        table[padding:] = table[: growth.first_id].float().mean(0).to(table.dtype)

@@ -84,7 +84,30 @@ def test_dtype_stays_and_rows_round_up() -> None:
     assert grown.dtype == torch.bfloat16
     weight = grown.get_input_embeddings().weight
     assert weight.shape[0] % 64 == 0
-    assert not weight[len(AutoTokenizer.from_pretrained("new")) :].any()
+    mean = AutoModelForCausalLM.from_pretrained("old", dtype="auto").get_input_embeddings().weight.float().mean(0).bfloat16()
+    padding = weight[len(AutoTokenizer.from_pretrained("new")) :]
+    assert len(padding) > 0
+    assert (padding == mean).all()
+
+
+def test_a_word_that_is_one_token_after_a_space_is_known(capsys) -> None:
+    old = AutoTokenizer.from_pretrained(model(Path("old")))
+    after_a_space = [token[1:] for token in old.get_vocab() if token.startswith("Ġ") and len(token) > 2]
+    word = next(word for word in sorted(after_a_space) if len(old(word)["input_ids"]) > 1)
+    assert len(old(f" {word}")["input_ids"]) == 1
+    Path("pieces.txt").write_text(word)
+    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 65
+    assert "there is nothing to add" in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged_first(capsys) -> None:
+    model(Path("old"))
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    for file in Path("old").glob("tokenizer*"):
+        Path("adapter", file.name).write_text(file.read_text())
+    assert main(["vocab", "expand", "adapter", "new", "--tokens", "pieces.txt"]) == 65
+    assert "merge it first" in capsys.readouterr().err
 
 
 def test_pieces_of_another_tokenizer(capsys) -> None:
