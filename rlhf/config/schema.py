@@ -42,6 +42,42 @@ class Lora(Section):
     """Write the merged model as the stage's result instead of the adapter."""
 
 
+class Fp8Probe(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between probes, which branch off a span without FP8 and compare; 0: never."""
+    steps: Count = 100
+    """Length of the span, in steps (PPO: iterations)."""
+    fallback: bool = False
+    """Where the gap is too large, go on from the span without FP8."""
+
+
+class Fp8(Section):
+    recipe: Literal["none", "delayed", "current", "block", "rowwise", "mxfp8"] = "none"
+    """How the linear layers are scaled into FP8 (docs/fp8.md); none: no FP8. PPO wants one whose tokens do not depend on
+    their batch: block, rowwise, mxfp8 or delayed."""
+    backend: Literal["auto", "te", "torchao", "reference"] = "auto"
+    """te: Transformer Engine; reference: emulated, on any device; auto: the first of them that can do the recipe here."""
+    format: Literal["auto", "hybrid", "e4m3"] = "auto"
+    """hybrid: E4M3 forward, E5M2 for gradients; auto: hybrid for delayed and current, E4M3 throughout for the others."""
+    amax_history: Count = 1024
+    """delayed: steps whose largest magnitudes are remembered."""
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    """delayed: which of them the scale follows."""
+    margin: Annotated[int, Field(ge=0)] = 0
+    """delayed, current: powers of two kept free above the largest magnitude."""
+    block_scales: Literal["power_of_two", "fp32"] = "power_of_two"
+    """block: the kind of scale; Blackwell has powers of two only."""
+    high_precision: tuple[Literal["fprop", "dgrad", "wgrad"], ...] = ()
+    """Matrix products left out of FP8 in every layer."""
+    keep: tuple[str, ...] = ()
+    """Layers left out: names with * (`*.down_proj`), or one product of them (`*.down_proj:wgrad`)."""
+    keep_first: Annotated[int, Field(ge=0)] = 0
+    """Transformer layers left out at the bottom."""
+    keep_last: Annotated[int, Field(ge=0)] = 0
+    """Transformer layers left out at the top."""
+    probe: Fp8Probe = Fp8Probe()
+
+
 class Optimizer(Section):
     lr: Positive = 1e-5
     """Peak learning rate of AdamW."""
@@ -164,8 +200,15 @@ class Stage(Section):
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     lora: Lora = Lora()
+    fp8: Fp8 = Fp8()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+
+    @model_validator(mode="after")
+    def _precise_or_fast(self) -> Stage:
+        if self.fp8.recipe != "none" and self.precision == "fp64":
+            raise ValueError("fp8.recipe must be `none` with precision `fp64`: that is for tests of equality")
+        return self
 
 
 class SftConfig(Stage):

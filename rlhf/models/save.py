@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer
@@ -27,10 +28,14 @@ def save_model(
     generation: GenerationConfig | None = None,
     merge: bool = False,
 ) -> None:
-    """Saves an actor or a scalar model. With LoRA it is the adapter, unless `merge` folds it into the weights."""
+    """Saves an actor or a scalar model. With LoRA it is the adapter, unless `merge` folds it into the weights.
+
+    FP8 layers end here: what is saved, and the model from now on, is plain.
+    """
     partial = directory.with_name(f".{directory.name}-{os.getpid()}")
     for left_by_a_kill in directory.parent.glob(f".{directory.name}-*"):
         shutil.rmtree(left_by_a_kill)
+    undo(model)
     adapter = hasattr(model, "peft_config")
     if adapter and merge:
         model, adapter = model.merge_and_unload(), False  # pyright: ignore[reportCallIssue]

@@ -25,6 +25,8 @@ from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import CheckFailed, DataError, Preempted
+from rlhf.fp8.apply import described
+from rlhf.fp8.state import advance, fp8_state, load_fp8_state
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
@@ -54,6 +56,7 @@ class Training:
         self.states: dict[str, Stateful] = {}
         self.result: dict[str, Any] = {}
         self.stats = Stats()
+        self.frozen: list[nn.Module] = []
         self.step_done, self.tokens_done = 0, 0.0
         self._times: dict[str, float] = {}
 
@@ -78,11 +81,17 @@ class Training:
         self.note(
             f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}"
         )
+        if in_fp8 := described(self.policy):
+            self.note(in_fp8)
         return self.model
 
     def prepare_frozen(self, model: nn.Module) -> None:
-        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it."""
+        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it.
+
+        Called before `prepare`, which restores what a checkpoint holds of it.
+        """
         self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.frozen.append(model)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -113,6 +122,7 @@ class Training:
             self._started, self._times, self.stats = time.monotonic(), {}, Stats()
             yield step
             self.step_done = step + 1
+            advance(self.policy, self._largest)
             signal_number = self._agree_to_stop()
             every = self.config.checkpoint.every
             if signal_number or (every and self.step_done % every == 0):
@@ -169,6 +179,12 @@ class Training:
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
         return gather_object([value]) if self.world_size > 1 else [value]
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """The largest of each number over all ranks."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values
 
     # ---- randomness --------------------------------------------------------------------------------------------------
 
@@ -233,10 +249,15 @@ class Training:
         if self.is_main:
             weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
             tensors = {"model": weights, "optimizer": optimizer_tensors(self.optimizer)}
+            if in_fp8 := fp8_state(self._all_models()):
+                tensors["fp8"] = in_fp8
             own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
             state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
+
+    def _all_models(self) -> nn.ModuleList:
+        return nn.ModuleList([self.policy, *self.frozen])
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
@@ -257,6 +278,8 @@ class Training:
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
         restore_optimizer(self.optimizer, found.tensors("optimizer"))
+        if fp8_state(self._all_models()):
+            load_fp8_state(self._all_models(), found.tensors("fp8"))
         own = state["training"]
         self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
         for name, value in self.states.items():

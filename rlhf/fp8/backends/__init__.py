@@ -1,0 +1,40 @@
+"""Where FP8 layers come from: a backend says whether it can do a recipe here, and makes layers that share the parameters."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from rlhf.errors import ConfigError
+from rlhf.fp8.backends import reference
+from rlhf.fp8.recipes import Gemm, Recipe
+
+
+class Backend(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def obstacle(self, recipe: Recipe) -> str:
+        """Why the recipe cannot run here; empty where it can."""
+        ...
+
+    def layer(self, linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) -> nn.Module: ...
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference}
+"""In the order `auto` prefers them."""
+
+
+def open_backend(name: str, recipe: Recipe) -> Backend:
+    """The backend of a name; `auto` is the first that can do the recipe here.
+
+    Raises:
+        ConfigError: it cannot do the recipe here; the message says why.
+    """
+    if name == "auto":
+        return next(backend for backend in BACKENDS.values() if not backend.obstacle(recipe))
+    if why_not := BACKENDS[name].obstacle(recipe):
+        able = ", ".join(other for other, backend in BACKENDS.items() if not backend.obstacle(recipe))
+        raise ConfigError(f"fp8.backend {name} cannot do recipe {recipe.name} here: {why_not}. Those that can: {able}")
+    return BACKENDS[name]
