@@ -50,7 +50,9 @@ def samples(name: str) -> np.ndarray:
     middles = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)
     points = np.concatenate([finite, middles])
     near = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(0))])
-    spread = generator.standard_normal(600_000).astype(np.float32) * 2.0 ** generator.integers(-24, 20, 600_000).astype(np.float32)
+    spread = generator.standard_normal(600_000).astype(np.float32) * 2.0 ** generator.integers(-24, 20, 600_000).astype(
+        np.float32
+    )
     bits = generator.integers(0, 2**32, 500_000, dtype=np.uint32).view(np.float32)
     extremes = np.array([0.0, np.inf, 3.4e38, 1e-45, 448, 449, 464, 465, 57344, 61439, 61440, 65536], np.float32)
     values = np.concatenate([near, extremes, np.abs(spread), np.abs(bits)])

@@ -73,7 +73,9 @@ def test_what_the_user_keeps():
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(ConfigError, match=r"fp8\.keep: '\*\.down' matches no layer of LlamaForCausalLM; layers end in .*down_proj"):
+    with pytest.raises(
+        ConfigError, match=r"fp8\.keep: '\*\.down' matches no layer of LlamaForCausalLM; layers end in .*down_proj"
+    ):
         apply(llama(), Fp8(recipe="block", keep=("*.down",)))
     with pytest.raises(ConfigError, match=r"no layer of LlamaForCausalLM can run in FP8 .*fp8\.keep_first"):
         apply(llama(), Fp8(recipe="block", keep_first=3))
