@@ -1,4 +1,4 @@
-"""Rounding to FP8 against a definition of its own: every number of a format is listed from its bits, the nearest is looked up."""
+"""Rounding to FP8 against a definition of its own: every number of a format from its bits, and the nearest of them."""
 
 from __future__ import annotations
 

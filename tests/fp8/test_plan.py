@@ -132,7 +132,7 @@ def test_a_model_without_nn_linear_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
-    with pytest.raises(ConfigError, match="4 not: not an nn.Linear"):
+    with pytest.raises(ConfigError, match=r"4 not: not an nn\.Linear"):
         apply(model, BLOCK)
 
 

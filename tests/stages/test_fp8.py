@@ -81,12 +81,11 @@ def test_scales_that_move_between_scoring_and_update_are_found(llamas, tmp_path)
     assert "first ratio" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    "more", [{"fp8__recipe": "delayed"}, {"fp8__recipe": "block", "lora__rank": 4}], ids=["delayed", "lora"]
-)
+@pytest.mark.parametrize("name", ["delayed", "lora"])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_it_goes_on_to_the_same_bits(stage, processes, more, llamas, tmp_path):
+def test_killed_it_goes_on_to_the_same_bits(stage, processes, name, llamas, tmp_path):
+    more = {"delayed": {"fp8__recipe": "delayed"}, "lora": {"fp8__recipe": "block", "lora__rank": 4}}[name]
     log, settings = tmp_path / "log", {"schedule__length": 8, **more}
     whole = flags(stage, llamas, tmp_path / "whole", **settings)
     assert [wait(pid) for pid in start_on(processes, stage, whole, log)] == [0] * processes, log.read_text()
