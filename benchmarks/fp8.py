@@ -1,7 +1,7 @@
 """What emulating FP8 costs: a training step of the quickstart's model under each recipe, against the plain layers, in one run.
 
-Prints one JSON line: CPU milliseconds of a step with plain layers (median), and each recipe's ratio to it. Steps of all kinds take
-turns, so that a busy machine slows all of them alike.
+Prints one JSON line: CPU milliseconds of a step with plain layers (median), and each recipe's ratio to it. Steps of all kinds
+take turns, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
