@@ -70,8 +70,8 @@ def sft_examples(path: str, config: SftData, template: Template) -> Examples[Sft
             continue
         examples += [SftExample(ids[part], trained[part]) for part in limit.parts(len(ids))]
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
-    spared = config.json_key is not None and limit.hit and config.too_long != "split"
-    advice = ["data.too_long: split would use long documents whole"] if spared else []
+    lost = config.json_key is not None and limit.hit and config.too_long != "split"
+    advice = ["data.too_long: split would use long documents whole"] if lost else []
     return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
 
 
