@@ -31,6 +31,7 @@ def user(tmp_path, monkeypatch):
         "chats": {"prompt": "a b", "completion": "c"},
         "pairs": {"prompt": "a b", "chosen": "c", "rejected": "d"},
         "prompts": {"prompt": "a b"},
+        "documents": {"text": "a b c d"},
     }.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.chdir(tmp_path)

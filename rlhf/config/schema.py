@@ -8,7 +8,7 @@ ZeRO stage, sharding) stays in its launch file and is not here.
 from __future__ import annotations
 
 from os.path import expanduser
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -141,7 +141,7 @@ class Data(Section):
     """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
-    max_length: Count = 1024
+    max_length: Annotated[int, Field(ge=2)] = 1024
     """Longest prompt + reply, in tokens."""
     too_long: Literal["fail", "skip", "truncate"] = "fail"
     """A row past `max_length`: stop, leave it out and count it, or cut it (PPO: prompts at their start; else at the end)."""
@@ -150,10 +150,27 @@ class Data(Section):
 class SftData(Data):
     json_key: str | None = None
     """Column of plain text to train on (`text`); only for rows that are neither chats nor prompt/response."""
+    too_long: Literal["fail", "skip", "truncate", "split"] = "fail"
+    """A row past `max_length`: stop, leave it out and count it, cut it at the end, or (plain text; there the default) make
+    several rows of it, so that every token is trained on."""
     loss_on: Literal["responses", "all"] = "responses"
     """Tokens that carry the loss: the replies only, or every token."""
     packing: bool = False
     """Put several rows into one sequence of `max_length`; attention and positions do not cross rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _documents_are_split(cls, values: Any) -> Any:
+        return {"too_long": "split", **values} if isinstance(values, dict) and values.get("json_key") else values
+
+    @model_validator(mode="after")
+    def _only_documents_are_split(self) -> SftData:
+        if self.too_long == "split" and self.json_key is None:
+            raise ValueError(
+                "too_long may be `split` for plain text only, as a chat or reply would be parted from its prompt: "
+                "name the column of text in data.json_key, or choose skip or truncate"
+            )
+        return self
 
 
 class PromptData(Data):
@@ -212,7 +229,7 @@ class Stage(Section):
 
 
 class SftConfig(Stage):
-    """Supervised fine-tuning (or, with `loss_on: all` on plain text, continued pre-training)."""
+    """Supervised fine-tuning (or, on plain text, continued pre-training)."""
 
     model: Model
     data: SftData

@@ -56,7 +56,7 @@ class Examples(Generic[Example]):
 
 
 def sft_examples(path: str, config: SftData, template: Template) -> Examples[SftExample]:
-    limit = _LengthLimit(config.max_length, config.too_long)
+    limit = _LengthLimit(config.max_length, config.too_long, "skip, truncate or (plain text: data.json_key) split")
     rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
     examples, untrained = [], 0
     for row in rows.rows:
@@ -68,9 +68,11 @@ def sft_examples(path: str, config: SftData, template: Template) -> Examples[Sft
         if not any(trained[1 : config.max_length]):
             untrained += 1
             continue
-        examples.append(SftExample(ids[: config.max_length], trained[: config.max_length]))
+        examples += [SftExample(ids[part], trained[part]) for part in limit.parts(len(ids))]
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
-    return _done(path, examples, rows.notes + limit.notes() + dropped)
+    lost = config.json_key is not None and limit.hit and config.too_long != "split"
+    advice = ["data.too_long: split would use long documents whole"] if lost else []
+    return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
 
 
 def pair_examples(path: str, config: Data, template: Template) -> Examples[PairExample]:
@@ -118,6 +120,15 @@ def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
     return prompt + response, [False] * len(prompt) + [True] * len(response)
 
 
+def split(length: int, limit: int) -> list[slice]:
+    """A document's rows, of at most `limit` tokens each.
+
+    A row begins with the last token of the one before: no row predicts its first token, and so each token but the document's
+    first is predicted once.
+    """
+    return [slice(start, start + limit) for start in range(0, max(length - 1, 1), limit - 1)]
+
+
 def _shorten(pair: PairExample, limit: int) -> PairExample:
     """Cuts the replies at their end so that the pair fits, never the prompt; a cut reply keeps no EOS it did not earn."""
     room = limit - len(pair.prompt)
@@ -147,8 +158,9 @@ def _done(path: str, examples: list[Example], notes: list[str]) -> Examples[Exam
 class _LengthLimit:
     """Applies `too_long` and counts what it did."""
 
-    def __init__(self, limit: int, rule: str) -> None:
-        self.limit, self.rule, self.hit = limit, rule, 0
+    def __init__(self, limit: int, rule: str, other_rules: str = "skip or truncate") -> None:
+        self.limit, self.rule, self.other_rules = limit, rule, other_rules
+        self.hit = self.made = 0
 
     def allows(self, length: int, where: str) -> bool:
         if length <= self.limit:
@@ -156,11 +168,24 @@ class _LengthLimit:
         if self.rule == "fail":
             raise DataError(
                 f"{where}: {length} tokens, more than data.max_length {self.limit}; "
-                "raise it, or set data.too_long to skip or truncate"
+                f"raise it, or set data.too_long to {self.other_rules}"
             )
         self.hit += 1
-        return self.rule == "truncate"
+        return self.rule != "skip"
+
+    def parts(self, length: int) -> list[slice]:
+        """What is used of a row that is allowed, one slice for each row it becomes."""
+        if self.rule != "split":
+            return [slice(self.limit)]
+        parts = split(length, self.limit)
+        if length > self.limit:
+            self.made += len(parts)
+        return parts
 
     def notes(self) -> list[str]:
+        if not self.hit:
+            return []
+        if self.rule == "split":
+            return [f"{self.hit} documents longer than {self.limit} tokens split into {self.made} rows"]
         done = "skipped" if self.rule == "skip" else "truncated"
-        return [f"{self.hit} rows longer than {self.limit} tokens {done}"] if self.hit else []
+        return [f"{self.hit} rows longer than {self.limit} tokens {done}"]
