@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.data.chat_world import write_world
 from rlhf.fp8.apply import apply
 from rlhf.fp8.recipes import SHAPES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
 from rlhf.fp8.backends import Backend, open_backend
 from rlhf.fp8.plan import plan, summary, unmatched

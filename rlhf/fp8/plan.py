@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.fp8.recipes import GEMMS, Gemm, kept_gemms
 
 MULTIPLE = 16

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.fp8.formats import E4M3, E5M2, Format
 from rlhf.fp8.scaling import WHOLE, Kind, Tile
 

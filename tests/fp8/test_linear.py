@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.fp8.formats import E4M3, E5M2, encode
 from rlhf.fp8.linear import FP8Linear
 from rlhf.fp8.recipes import GEMMS, recipe_of

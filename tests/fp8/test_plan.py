@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
 from rlhf.fp8.apply import apply, described, undo
 from rlhf.fp8.linear import FP8Linear

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.errors import DataError
 from rlhf.fp8.linear import FP8Linear
 from rlhf.fp8.recipes import recipe_of
