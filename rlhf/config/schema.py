@@ -1,7 +1,7 @@
 """Every knob of the three stages, with its unit, its range and its default.
 
 The classes are the single source for validation, `--help`, the resolved config and the documentation; nothing else in the
-tree repeats a default. A section that several stages share is one class (sections.py). What belongs to an engine (process count,
+tree repeats a default. What several stages share is in sections.py. What belongs to an engine (process count,
 ZeRO stage, sharding) stays in its launch file and is not here.
 """
 
