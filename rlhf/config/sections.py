@@ -5,7 +5,7 @@ from __future__ import annotations
 from os.path import expanduser
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -39,11 +39,17 @@ class Lora(Section):
 
 class Fp8Probe(Section):
     every: Annotated[int, Field(ge=0)] = 0
-    """Steps between probes, which branch off a span without FP8 and compare; 0: never."""
+    """Steps (PPO: iterations) between probes, which run a span without FP8 first, and then with it; 0: never."""
     steps: Count = 100
-    """Length of the span, in steps (PPO: iterations)."""
+    """Length of the span, in steps; at most `every`."""
     fallback: bool = False
     """Where the gap is too large, go on from the span without FP8."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Fp8Probe:
+        if 0 < self.every < self.steps:
+            raise ValueError(f"steps {self.steps} must be at most every {self.every}: one span ends before the next begins")
+        return self
 
 
 class Fp8(Section):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import nn
 
 from rlhf.config.sections import Fp8
@@ -40,6 +44,19 @@ def described(model: nn.Module) -> str:
         return ""
     recipe, backend = layers[0].recipe.name, layers[0].backend  # pyright: ignore
     return f"{len(layers)} linear layers in FP8, recipe {recipe}, backend {backend} (`rlhf fp8 plan` lists them)"
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """FP8 layers compute as nn.Linear in here."""
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "is_fp8", False)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def undo(model: nn.Module) -> None:

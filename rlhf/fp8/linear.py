@@ -31,6 +31,7 @@ class FP8Linear(nn.Linear):
 
     is_fp8 = True
     backend = "reference"
+    enabled = True
     amax_history: Tensor
     scale: Tensor
 
@@ -50,7 +51,7 @@ class FP8Linear(nn.Linear):
         self._weights: dict[tuple[int, int], tuple[object, Quantized]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.high_precision) == len(GEMMS) and self.observe is None:
+        if not self.enabled or (len(self.high_precision) == len(GEMMS) and self.observe is None):
             return super().forward(x)
         record = self.recipe.delayed and (self.calibrating or torch.is_grad_enabled())
         return _Products.apply(x, self.weight, self.bias, self, record)  # pyright: ignore[reportReturnType]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,31 +12,13 @@ import torch
 from harness import flags, metrics, run, start_on, wait
 from safetensors.torch import load_file
 from test_resume import left
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from rlhf.fp8.state import advance
 from rlhf.models.load import Loading, load_actor
 
 STAGES = ("sft", "rm", "ppo")
 RECIPES = ("delayed", "current", "block", "rowwise", "mxfp8")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 10, "max_position_embeddings": 64, "initializer_range": 0.1,
-         "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def llamas(world, tmp_path_factory) -> Path:
-    """The tiny world with models whose layers are nn.Linear and whose sizes are multiples of 16."""
-    directory = tmp_path_factory.mktemp("llamas")
-    shutil.copytree(world, directory, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    for part, model in (
-        ("model", LlamaForCausalLM(LlamaConfig(**SIZES))),
-        ("critic", LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1))),
-    ):
-        (directory / part / "model.safetensors").unlink()
-        model.save_pretrained(directory / part)
-    return directory
 
 
 def arguments(stage: str, world: Path, output: Path, recipe: str, **more: object) -> list[str]:
