@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf.training.tiny import WORDS, write_tiny_model
 
-
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 10, "max_position_embeddings": 64, "initializer_range": 0.1,
          "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
