@@ -66,8 +66,11 @@ rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--refer
 VOCAB_USAGE = """\
 rlhf vocab expand MODEL DST --tokens FILE [--multiple-of N] [--dry-run] [--json]
 
-  FILE has one piece a line, or is a tokenizer (a directory or its tokenizer.json) whose pieces are merged in. A new row of
-  embedding and head is the mean of the rows of the old pieces of the same text; old rows stay as they are to the bit.
+  FILE has one piece a line, or is a tokenizer (its directory, any tokenizer.json, a SentencePiece .model) whose pieces are
+  taken. A piece is text as it stands: a word inside a sentence starts with a space. Pieces go into the tokenizer's own model
+  (BPE with the merges that lead to them, and the tokens on the way), so every other text is split as before. A line that
+  cannot be one token is an error; what another tokenizer has and this one cannot take is left out and named by --json.
+  A new row of embedding and head is the mean of the rows of the old pieces of the same text; old rows stay to the bit.
   --multiple-of N rounds the embedding's rows up."""
 
 
@@ -250,17 +253,18 @@ def _vocab(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", dest="as_json")
     given = parser.parse_args(argv)
 
-    from rlhf.models.vocabulary import grow, plan_growth, read_pieces
+    from rlhf.data.pieces import read_pieces
+    from rlhf.models.vocabulary import grow, plan_growth
 
-    pieces, unusable = read_pieces(given.tokens)
-    growth = plan_growth(given.model, pieces, unusable, given.multiple_of)
+    growth, merged = plan_growth(given.model, read_pieces(given.tokens), given.multiple_of)
     if not given.dry_run:
-        grow(given.model, given.destination, growth)
+        grow(given.model, given.destination, growth, merged)
     if given.as_json:
         print(json.dumps(asdict(growth), indent=2))
     else:
         print(
-            f"vocab  {len(growth.new)} new pieces from id {growth.first_id} on, {growth.known} known already, "
+            f"vocab  {len(growth.new)} new pieces from id {growth.first_id} on, then {len(growth.steps)} tokens leading to "
+            f"them; {growth.known} known already, {len(growth.refused)} cannot be one token here (--json names them), "
             f"{growth.unusable} no text by themselves; embedding rows {growth.rows_before} -> {growth.rows_after}"
         )
     return 0

@@ -1,8 +1,6 @@
-"""Growing a model's vocabulary: new pieces into the tokenizer, new rows into embedding and head.
+"""Growing a model's vocabulary: new pieces into the tokenizer's own model, new rows into embedding and head.
 
-A new piece becomes an added token, matched in the text before the tokenizer's own model sees it: that holds for BPE, Unigram
-and WordPiece alike, while a piece put into a BPE's vocabulary without the merges that lead to it would never be produced. A new
-row is the mean of the rows of the pieces the old tokenizer splits the text into: the model starts from what it read before.
+A new row is the mean of the rows of the old pieces of the same text: the model starts from what it read before.
 """
 
 from __future__ import annotations
@@ -10,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.merging import Merged, merge_pieces
+from rlhf.data.pieces import Pieces
 from rlhf.errors import DataError, OutputError
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_tokenizer, local
 from rlhf.models.save import save_model
 from rlhf.models.source import resolve
 
-UNREADABLE = "\ufffd"
+NAMED = 5
+"""how many refused pieces an error names"""
 
 
 @dataclass(frozen=True)
@@ -29,100 +31,75 @@ class Growth:
     """What growing a vocabulary comes to."""
 
     new: list[str]
+    steps: list[str]
+    """tokens on the way to a piece, as the vocabulary spells them; merges need them"""
     known: int
     """pieces the tokenizer has already as one token"""
     unusable: int
-    """pieces of another tokenizer that are no text by themselves: halves of a character, special tokens"""
+    """tokens of another tokenizer that are no text by themselves"""
+    refused: dict[str, str]
+    """pieces of another tokenizer that cannot be one token here, each with the reason"""
     first_id: int
     rows_before: int
     rows_after: int
 
 
-def read_pieces(source: Path) -> tuple[list[str], int]:
-    """(pieces, how many were unusable) of a text file with one a line, of a tokenizer's directory or its tokenizer.json.
+def plan_growth(spec: str, pieces: Pieces, multiple_of: int = 1) -> tuple[Growth, Merged]:
+    """What `grow` will do; only the tokenizer and config.json are read.
 
     Raises:
-        DataError: there is no such file, it holds none, or a line is empty or there twice.
+        DataError: there is nothing to add, a listed piece cannot be one token, or the model is an adapter.
     """
-    if source.is_dir() or source.suffix == ".json":
-        return _pieces_of_tokenizer(source)
-    try:
-        lines = source.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as UTF-8 text, one piece a line: {error}") from error
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError(f"{source}:{number}: empty; expected one piece a line")
-        if line in seen:
-            raise DataError(f"{source}:{number}: {line!r} is in line {seen[line]} already")
-        seen[line] = number
-    if not seen:
-        raise DataError(f"{source}: holds no piece; expected one a line")
-    return list(seen), 0
-
-
-def _pieces_of_tokenizer(source: Path) -> tuple[list[str], int]:
-    directory = source if source.is_dir() else source.parent
-    try:
-        other = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: no tokenizer could be opened: {str(error).splitlines()[0]}") from error
-    special = set(other.all_special_tokens)
-    tokens = [token for token, _ in sorted(other.get_vocab().items(), key=lambda entry: entry[1])]
-    texts = [other.convert_tokens_to_string([token]) for token in tokens if token not in special]
-    usable = dict.fromkeys(text for text in texts if text.strip() and UNREADABLE not in text)
-    return list(usable), len(tokens) - len(usable)
-
-
-def plan_growth(spec: str, pieces: Sequence[str], unusable: int = 0, multiple_of: int = 1) -> Growth:
-    """What `grow` will do; only the tokenizer and config.json are read."""
-    tokenizer = load_tokenizer(spec)
+    backend = getattr(load_tokenizer(spec), "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise DataError(f"{spec}: its tokenizer is not a fast one; convert it to a tokenizer.json first")
     source = local(resolve(spec))
     if (Path(source.path) / "adapter_config.json").is_file():
         raise DataError(f"{spec}: a LoRA adapter has no vocabulary of its own; merge it first: rlhf convert {spec} DST --to hf")
     rows = AutoConfig.from_pretrained(source.path, revision=source.revision).get_text_config().vocab_size
-    # one token after a space is known, too: an added token would tear that one apart
-    new = [piece for piece in pieces if min(len(_split(tokenizer, text)) for text in (piece, f" {piece}")) > 1]
-    needed = max(rows, len(tokenizer) + len(new))
+    merged = merge_pieces(backend, pieces.texts)
+    if pieces.listed and merged.refused:
+        named = [f"{piece!r}: {reason}" for piece, reason in list(merged.refused.items())[:NAMED]]
+        more = [f"and {len(merged.refused) - NAMED} more"] if len(merged.refused) > NAMED else []
+        raise DataError("; ".join([*named, *more]) + ". Leave out what cannot be one token of this tokenizer")
+    known = len(pieces.texts) - len(merged.pieces) - len(merged.refused)
+    if not merged.pieces:
+        raise DataError(f"{spec}: has {known} of the pieces already and cannot take the others; there is nothing to add")
+    needed = max(rows, merged.first_id + len(merged.splits))
     after = -(-needed // multiple_of) * multiple_of
-    return Growth(new, len(pieces) - len(new), unusable, len(tokenizer), rows, after)
+    growth = Growth(merged.pieces, merged.steps, known, pieces.unusable, merged.refused, merged.first_id, rows, after)
+    return growth, merged
 
 
-def grow(spec: str, directory: Path, growth: Growth) -> None:
+def grow(spec: str, directory: Path, growth: Growth, merged: Merged) -> None:
     """Writes the grown model as a Hugging Face directory.
 
     Raises:
         OutputError: the directory is there already.
-        DataError: there is nothing to add, or the model is no language model.
+        DataError: the model is no language model, or its tokenizer's class does not keep what was merged in.
     """
     if directory.exists():
         raise OutputError(f"{directory}: is there already; name another, or remove it")
-    if not growth.new:
-        raise DataError(f"{spec}: its tokenizer has all {growth.known} pieces already; there is nothing to add")
-    tokenizer, old = load_tokenizer(spec), load_tokenizer(spec)
     source = local(resolve(spec))
     config = AutoConfig.from_pretrained(source.path, revision=source.revision)
     model = load_actor(spec, Loading(dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32))
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in growth.new])  # pyright: ignore[reportArgumentType]
-    _check_spelling(tokenizer, growth.new)
-    _add_rows(model, [_split(old, piece) for piece in growth.new], growth)
+    tokenizer = _reopened(load_tokenizer(spec), merged.tokenizer)
+    _add_rows(model, merged.splits, growth)
     directory.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, directory, tokenizer, load_generation_config(spec))
 
 
-def _check_spelling(tokenizer: PreTrainedTokenizerBase, new: Sequence[str]) -> None:
-    for piece in new:
-        back = tokenizer.decode(_split(tokenizer, piece))
-        if back != piece:
-            raise DataError(
-                f"{piece!r}: as an added token this tokenizer reads it back as {back!r} (byte-level decoders do that to "
-                "letters outside ASCII, tokenizers 0.23); leave it out"
-            )
-
-
-def _split(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
-    return list(tokenizer(piece, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+def _reopened(tokenizer: PreTrainedTokenizerBase, grown: Tokenizer) -> PreTrainedTokenizerBase:
+    # through files, as every reader will: some classes of transformers build their own from the vocabulary and the merges
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        grown.save(f"{directory}/tokenizer.json")
+        opened = AutoTokenizer.from_pretrained(directory)
+    if opened.get_vocab() != grown.get_vocab():
+        raise DataError(
+            f"{type(tokenizer).__name__}: this class of transformers does not open what was merged into its tokenizer.json"
+        )
+    return opened
 
 
 @torch.no_grad()

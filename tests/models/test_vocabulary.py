@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.cli import main
@@ -47,17 +49,18 @@ def test_rows_tokens_and_logits(tied: bool, padding: int, capsys) -> None:
     growth = json.loads(capsys.readouterr().out)
     assert growth["new"] == ["catamaran", "habitat"]
     assert growth["known"] == 1
+    new = ["catamaran", "habitat", *growth["steps"]]
 
     tokenizer = AutoTokenizer.from_pretrained("new")
     first, second = AutoModelForCausalLM.from_pretrained("old"), AutoModelForCausalLM.from_pretrained("new")
-    assert len(tokenizer) == len(old) + 2
-    assert second.config.vocab_size == second.get_input_embeddings().weight.shape[0] == max(rows, len(old) + 2)
+    assert len(tokenizer) == len(old) + len(new)
+    assert second.config.vocab_size == second.get_input_embeddings().weight.shape[0] == max(rows, len(old) + len(new))
     assert (second.get_output_embeddings().weight is second.get_input_embeddings().weight) == tied
     assert tokenizer.chat_template == old.chat_template
     tables = [(first.get_input_embeddings().weight, second.get_input_embeddings().weight)]
     if not tied:
         tables.append((first.get_output_embeddings().weight, second.get_output_embeddings().weight))
-    for number, piece in enumerate(["catamaran", "habitat"]):
+    for number, piece in enumerate(new):  # these tokens are spelt as their text
         ids = tokenizer(piece)["input_ids"]
         assert ids == [len(old) + number]
         assert tokenizer.decode(ids) == piece
@@ -73,7 +76,9 @@ def test_rows_tokens_and_logits(tied: bool, padding: int, capsys) -> None:
     ids = torch.tensor([old(text)["input_ids"]])
     assert ids.tolist() == [tokenizer(text)["input_ids"]]
     with torch.no_grad():
+        assert torch.equal(first.model(ids).last_hidden_state, second.model(ids).last_hidden_state)
         logits = first(ids).logits[..., : len(old)], second(ids).logits[..., : len(old)]
+    # the same rows and hidden states; a matrix of another shape may be summed in another order
     assert torch.allclose(*logits, atol=1e-6, rtol=0)
 
 
@@ -90,14 +95,15 @@ def test_dtype_stays_and_rows_round_up() -> None:
     assert (padding == mean).all()
 
 
-def test_a_word_that_is_one_token_after_a_space_is_known(capsys) -> None:
+def test_a_word_that_is_one_token_after_a_space_stays_it() -> None:
     old = AutoTokenizer.from_pretrained(model(Path("old")))
     after_a_space = [token[1:] for token in old.get_vocab() if token.startswith("Ġ") and len(token) > 2]
     word = next(word for word in sorted(after_a_space) if len(old(word)["input_ids"]) > 1)
-    assert len(old(f" {word}")["input_ids"]) == 1
     Path("pieces.txt").write_text(word)
-    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 65
-    assert "there is nothing to add" in capsys.readouterr().err
+    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("new")
+    assert tokenizer(word)["input_ids"] == [len(old)]
+    assert tokenizer(f" {word}")["input_ids"] == old(f" {word}")["input_ids"] == [old.convert_tokens_to_ids(f"Ġ{word}")]
 
 
 def test_an_adapter_is_merged_first(capsys) -> None:
@@ -119,8 +125,65 @@ def test_pieces_of_another_tokenizer(capsys) -> None:
     growth = json.loads(capsys.readouterr().out)
     assert " zebra" in growth["new"]
     assert growth["unusable"] > 100  # single bytes above 127
+    assert growth["refused"] == {}
     tokenizer = AutoTokenizer.from_pretrained("new")
     assert len(tokenizer("a zebra")["input_ids"]) == 2
+
+
+def test_a_tokenizer_json_of_another_name_is_the_one_opened(capsys) -> None:
+    model(Path("old"))
+    other = Tokenizer(BPE({"zebra": 0, " ": 1, "New York": 2, "</s>": 3}, []))
+    other.add_special_tokens(["</s>"])
+    other.save("old/mine.json")
+    assert main(["vocab", "expand", "old", "new", "--tokens", "old/mine.json", "--json"]) == 0
+    growth = json.loads(capsys.readouterr().out)
+    assert growth["new"] == ["zebra"]
+    assert growth["unusable"] == 2  # the space alone, and the special token
+    assert growth["refused"] == {"New York": "the pre-tokenizer cuts it: New |  York"}
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", None])
+def test_no_tokenizer(content, capsys) -> None:
+    model(Path("old"))
+    if content is not None:
+        Path("mine.json").write_text(content)
+    assert main(["vocab", "expand", "old", "new", "--tokens", "mine.json"]) == 65
+    assert "mine.json: no tokenizer could be opened" in capsys.readouterr().err
+
+
+def test_a_sentencepiece_model(tmp_path: Path, capsys) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    Path("corpus.txt").write_text("\n".join(["中国的猫 zebra zebra", "die Straße zebra"] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input="corpus.txt", model_prefix="other", vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    model(Path("old"))
+    assert main(["vocab", "expand", "old", "new", "--tokens", "other.model", "--json"]) == 0
+    growth = json.loads(capsys.readouterr().out)
+    assert {" zebra", "中国", " Straße"} <= set(growth["new"])
+    assert growth["unusable"] >= 3 + 256  # <unk>, <s>, </s> and the bytes
+    Path("broken.model").write_text("no model")
+    assert main(["vocab", "expand", "old", "new2", "--tokens", "broken.model"]) == 65
+    assert "broken.model: is no SentencePiece model" in capsys.readouterr().err
+
+
+def test_without_sentencepiece_its_model_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    model(Path("old"))
+    assert main(["vocab", "expand", "old", "new", "--tokens", "other.model"]) == 65
+    assert "pip install 'rlhf[sentencepiece]'" in capsys.readouterr().err
+
+
+def test_letters_outside_ascii() -> None:
+    old = AutoTokenizer.from_pretrained(model(Path("old")))
+    Path("pieces.txt").write_text("naïveté\n Straße\n中国\n日本語")
+    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("new")
+    text = "die Straße: naïveté 中国日本語"
+    ids = tokenizer(text)["input_ids"]
+    assert [number - len(old) for number in ids if number in range(len(old), len(old) + 4)] == [1, 0, 2, 3]
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_dry_run_touches_nothing(capsys) -> None:
@@ -148,11 +211,14 @@ def test_bad_pieces(content, code, message, capsys) -> None:
     assert not Path("new").exists()
 
 
-def test_a_piece_the_tokenizer_cannot_spell(capsys) -> None:
+def test_lines_that_cannot_be_one_token_are_named(capsys) -> None:
     model(Path("old"))
-    Path("pieces.txt").write_text("naïveté")
+    Path("pieces.txt").write_text("zebra\nNew York\n" + "\n".join(f"a {number}" for number in range(6)))
     assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 65
-    assert "reads it back as" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "'New York': the pre-tokenizer cuts it: New |  York; 'a 0': " in error
+    assert "and 2 more" in error
+    assert "zebra" not in error
     assert not Path("new").exists()
 
 
