@@ -1,9 +1,10 @@
 """Transformer Engine 2.20: the FP8 kernels of NVIDIA's GPUs. Not yet run on a GPU; what of it is Python is under test
 (tests/fp8/test_real_te.py).
 
-A region of Transformer Engine is one forward pass of one layer. Delayed scales are ours (state.py): Transformer Engine would move
-those of all layers whenever a region ends. Ours lie still within a step, so a recomputed layer finds those of its first pass, and
-the ratio of PPO starts at 1. Where there is none yet, it follows from the first tensor seen and stays for the rest of the step.
+A region of Transformer Engine is here one forward pass of one layer. Delayed scales are ours (state.py): Transformer Engine
+would move those of all layers whenever a region ends. Ours lie still within a step, so a recomputed layer finds those of its
+first pass, and the ratio of PPO starts at 1. Where there is none yet, it follows from the first tensor seen, and stays for the
+rest of the step.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ def layer(linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) ->
     Raises:
         ConfigError: products are left in high precision that torchao cannot leave out.
     """
-    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
-
     kept = high_precision | recipe.high_precision
     if not kept <= WGRAD:
         raise ConfigError(
             f"fp8.keep: {', '.join(sorted(kept))} in high precision: backend torchao can leave out wgrad only. "
             "Keep whole layers, or choose backend reference"
         )
+    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
+
     made = Float8Linear.from_float(linear, float8_config(recipe, kept))
     made.train(linear.training)
     made.is_fp8, made.recipe, made.high_precision = True, recipe, kept

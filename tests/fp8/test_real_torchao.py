@@ -1,0 +1,55 @@
+"""The reference layer and torchao's agree, product by product; torchao's layer keeps the parameters it is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import apart
+import pytest
+
+DRIVER = Path(__file__).with_name("real_torchao.py")
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "current": ({"recipe": "current"}, "fp32"),
+    "current e4m3": ({"recipe": "current", "format": "e4m3"}, "fp32"),
+    "current, wgrad kept": ({"recipe": "current", "high_precision": ["wgrad"]}, "fp32"),
+    "rowwise": ({"recipe": "rowwise"}, "fp32"),
+    "rowwise hybrid": ({"recipe": "rowwise", "format": "hybrid"}, "fp32"),
+    "rowwise, wgrad kept": ({"recipe": "rowwise", "high_precision": ["wgrad"]}, "fp32"),
+    "powers of two": ({"recipe": "rowwise"}, "power_of_two"),
+}
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("model", {}),
+    "control": ("apart", {"fp8": {"recipe": "current"}, "kind": "fp32", "control": {"format": "e4m3"}}),
+    **{name: ("apart", {"fp8": fp8, "kind": kind, "control": {}}) for name, (fp8, kind) in CASES.items()},
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = apart.install(tmp_path_factory.mktemp("torchao"), "torchao==0.18.0")
+    return apart.run(DRIVER, folder, json.dumps(CALLS))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_agree(found: dict[str, Any], name: str) -> None:
+    off = found[name]["off"]  # y, dx, dW, db
+    assert max(off) < 1e-6
+    if name == "powers of two":  # scaling is exact, and both sum in the same order
+        assert off[:3] == [0, 0, 0]
+
+
+def test_another_format_of_gradients_is_seen(found: dict[str, Any]) -> None:
+    y, of_x, of_weight, _ = found["control"]["off"]
+    assert y < 1e-6
+    assert min(of_x, of_weight) > 1e-2
+
+
+def test_into_a_model_and_out(found: dict[str, Any]) -> None:
+    seen = found["model"]
+    assert seen["said"].startswith("2 linear layers in FP8, recipe rowwise, backend torchao (emulated: no GPU)")
+    assert seen["same"]
+    assert seen["same keys"]
+    assert seen["auto"] == "reference"
