@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,16 +25,19 @@ def products(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> list[
     return [y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]  # pyright: ignore
 
 
-def apart(fp8: dict[str, Any], kind: str, control: dict[str, Any]) -> dict[str, Any]:
-    """Relative differences of y, dx, dW and db; `control`: settings of the reference alone."""
+def apart(fp8: dict[str, Any], kind: str, control: dict[str, Any], as_on_gpu: bool = False) -> dict[str, Any]:
+    """Relative differences of y, dx, dW and db; `control`: settings of the reference alone; `as_on_gpu`: not emulated."""
     recipe = dataclasses.replace(recipe_of(Fp8(**fp8)), kind=kind)
     torch.manual_seed(0)
     linear = nn.Linear(272, 144)
     x, gradient = torch.randn(2, 45, 272), torch.randn(2, 45, 144) * 1e-3  # 90 tokens: no multiple of 16
-    theirs = torchao.layer(linear, recipe, frozenset())
+    with mock.patch("torch.cuda.is_available", lambda: as_on_gpu):
+        theirs = torchao.layer(linear, recipe, frozenset())
     ours = reference.layer(linear, dataclasses.replace(recipe_of(Fp8(**fp8 | control)), kind=kind), frozenset())
-    pairs = list(zip(products(ours, x, gradient), products(theirs, x, gradient), strict=True))
-    return {"off": [float((one - two).norm() / two.norm()) for one, two in pairs]}
+    with mock.patch("torch._scaled_mm", wraps=torch._scaled_mm) as product:
+        pairs = list(zip(products(ours, x, gradient), products(theirs, x, gradient), strict=True))
+    summed_over = [call.args[0].shape[1] for call in product.call_args_list]
+    return {"off": [float((one - two).norm() / two.norm()) for one, two in pairs], "summed over": summed_over}
 
 
 def model() -> dict[str, Any]:

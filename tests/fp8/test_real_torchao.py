@@ -22,6 +22,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "model": ("model", {}),
     "control": ("apart", {"fp8": {"recipe": "current"}, "kind": "fp32", "control": {"format": "e4m3"}}),
+    "as on a GPU": ("apart", {"fp8": {"recipe": "current"}, "kind": "fp32", "control": {}, "as_on_gpu": True}),
+    "rowwise as on a GPU": ("apart", {"fp8": {"recipe": "rowwise"}, "kind": "fp32", "control": {}, "as_on_gpu": True}),
     **{name: ("apart", {"fp8": fp8, "kind": kind, "control": {}}) for name, (fp8, kind) in CASES.items()},
 }
 pytestmark = pytest.mark.slow
@@ -39,6 +41,13 @@ def test_products_agree(found: dict[str, Any], name: str) -> None:
     assert max(off) < 1e-6
     if name == "powers of two":  # scaling is exact, and both sum in the same order
         assert off[:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("as on a GPU", 1e-6), ("rowwise as on a GPU", 2**-8)])
+def test_the_path_of_a_gpu(found: dict[str, Any], name: str, bound: float) -> None:
+    """torch's FP8 product, which a CPU has, too. Its rowwise one ends in bfloat16."""
+    assert found[name]["summed over"] == [272, 144, 96]  # in, out, and the 90 tokens made a multiple of 16
+    assert max(found[name]["off"]) < bound
 
 
 def test_another_format_of_gradients_is_seen(found: dict[str, Any]) -> None:
