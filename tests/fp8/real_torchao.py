@@ -31,13 +31,23 @@ def apart(fp8: dict[str, Any], kind: str, control: dict[str, Any], as_on_gpu: bo
     torch.manual_seed(0)
     linear = nn.Linear(272, 144)
     x, gradient = torch.randn(2, 45, 272), torch.randn(2, 45, 144) * 1e-3  # 90 tokens: no multiple of 16
-    with mock.patch("torch.cuda.is_available", lambda: as_on_gpu):
+    with mock.patch("torch.cuda.is_available", return_value=as_on_gpu):
         theirs = torchao.layer(linear, recipe, frozenset())
     ours = reference.layer(linear, dataclasses.replace(recipe_of(Fp8(**fp8 | control)), kind=kind), frozenset())
     with mock.patch("torch._scaled_mm", wraps=torch._scaled_mm) as product:
         pairs = list(zip(products(ours, x, gradient), products(theirs, x, gradient), strict=True))
     summed_over = [call.args[0].shape[1] for call in product.call_args_list]
     return {"off": [float((one - two).norm() / two.norm()) for one, two in pairs], "summed over": summed_over}
+
+
+def autocast(high_precision: list[str]) -> dict[str, str]:
+    linear = nn.Linear(64, 32)
+    layer = torchao.layer(linear, recipe_of(Fp8(recipe="rowwise", high_precision=tuple(high_precision))), frozenset())
+    x = torch.randn(16, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    return {"y": str(y.dtype), "dx": str(x.grad.dtype), "dW": str(linear.weight.grad.dtype)}  # pyright: ignore
 
 
 def model() -> dict[str, Any]:

@@ -21,6 +21,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "model": ("model", {}),
+    "autocast": ("autocast", {"high_precision": []}),
+    "autocast, wgrad kept": ("autocast", {"high_precision": ["wgrad"]}),
     "control": ("apart", {"fp8": {"recipe": "current"}, "kind": "fp32", "control": {"format": "e4m3"}}),
     "as on a GPU": ("apart", {"fp8": {"recipe": "current"}, "kind": "fp32", "control": {}, "as_on_gpu": True}),
     "rowwise as on a GPU": ("apart", {"fp8": {"recipe": "rowwise"}, "kind": "fp32", "control": {}, "as_on_gpu": True}),
@@ -54,6 +56,11 @@ def test_another_format_of_gradients_is_seen(found: dict[str, Any]) -> None:
     y, of_x, of_weight, _ = found["control"]["off"]
     assert y < 1e-6
     assert min(of_x, of_weight) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["autocast", "autocast, wgrad kept"])
+def test_dtypes_under_autocast_are_those_of_a_linear_layer(found: dict[str, Any], name: str) -> None:
+    assert found[name] == {"y": "torch.bfloat16", "dx": "torch.float32", "dW": "torch.float32"}
 
 
 def test_into_a_model_and_out(found: dict[str, Any]) -> None:

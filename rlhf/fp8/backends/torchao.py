@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.errors import ConfigError
 from rlhf.fp8.recipes import Gemm, Recipe
@@ -60,8 +60,17 @@ def layer(linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) ->
     made = Float8Linear.from_float(linear, float8_config(recipe, kept))
     made.train(linear.training)
     made.is_fp8, made.recipe, made.high_precision = True, recipe, kept
-    made.backend = name if torch.cuda.is_available() else f"{name} (emulated: no GPU)"
+    made.backend = name
+    if not torch.cuda.is_available():
+        made.backend = f"{name} (emulated: no GPU)"
+        made.register_forward_pre_hook(_autocast)
     return made
+
+
+def _autocast(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the layer does itself under a GPU's autocast, but not under a CPU's."""
+    device = inputs[0].device.type
+    return (inputs[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else inputs
 
 
 def float8_config(recipe: Recipe, kept: frozenset[Gemm]) -> Any:
