@@ -57,7 +57,8 @@ class Fp8(Section):
     """How the linear layers are scaled into FP8 (docs/fp8.md); none: no FP8. PPO wants one whose tokens do not depend on
     their batch: block, rowwise, mxfp8 or delayed."""
     backend: Literal["auto", "te", "torchao", "reference"] = "auto"
-    """te: Transformer Engine; reference: emulated, on any device; auto: the first of them that can do the recipe here."""
+    """te: Transformer Engine; reference: emulated, on any device; auto: the first of them that can do the recipe here,
+    without a GPU the reference."""
     format: Literal["auto", "hybrid", "e4m3"] = "auto"
     """hybrid: E4M3 forward, E5M2 for gradients; auto: hybrid for delayed and current, E4M3 throughout for the others."""
     amax_history: Count = 1024
