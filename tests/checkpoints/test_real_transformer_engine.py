@@ -14,19 +14,6 @@ from tiny import build
 from rlhf.checkpoints.convert import Request, plan
 
 DRIVER = Path(__file__).with_name("real_transformer_engine.py")
-PACKAGES = ("transformer_engine==2.20.2", "onnxscript", "onnx", "onnx-ir", "ml_dtypes", "nvdlfw_inspect", "einops")
-
-
-@pytest.fixture(scope="module")
-def transformer_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its pure-Python wheel, and what that imports, in a folder of their own."""
-    folder = tmp_path_factory.mktemp("transformer-engine")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
-    install += ["importlib_metadata", "zipp"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"Transformer Engine's wheel cannot be installed here: {done.stderr.splitlines()[-1:]}")
-    return folder
 
 
 @pytest.mark.slow
