@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from without_cuda import without_cuda
+from without_gpu import without_kernels
 
-without_cuda()
+without_kernels()
 torch.version.cuda = "12.9"
 
 import transformer_engine.pytorch as engine  # noqa: E402
