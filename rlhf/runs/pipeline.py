@@ -15,9 +15,9 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from rlhf import paths
+from rlhf.config.fields import canonical, dotted
 from rlhf.config.load import find_config, load
 from rlhf.config.parse import Invocation, parse
-from rlhf.config.fields import canonical, dotted
 from rlhf.config.schema import STAGES, Section
 from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
