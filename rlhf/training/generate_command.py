@@ -32,10 +32,10 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
     for note in found.notes:
         console.note(note)
     prompts = found.items
-    roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
     asked = precisions(config)
     suffixes = {one.name: f"_{one.name}" if len(asked) > 1 else "" for one in reversed(asked)}
     lines = [_beside(prompt.row, [f"{name}{suffix}" for suffix in suffixes.values() for name in REPLY]) for prompt in prompts]
+    roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
 
     ids, seeds = [prompt.ids for prompt in prompts], row_seeds(config.seed, [prompt.index for prompt in prompts])
     engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size)
