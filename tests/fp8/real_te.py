@@ -21,7 +21,7 @@ import transformer_engine.pytorch as engine  # noqa: E402
 from transformer_engine.common import recipe as recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 
-from rlhf.config.schema import Fp8  # noqa: E402
+from rlhf.config.sections import Fp8  # noqa: E402
 from rlhf.errors import ConfigError  # noqa: E402
 from rlhf.fp8.apply import apply, described, undo  # noqa: E402
 from rlhf.fp8.backends import open_backend, te  # noqa: E402
