@@ -173,7 +173,9 @@ def _read_hugging_face(request: Request, family: Family | None, config: Mapping[
 
 def _read_megatron(request: Request, family: Family | None, config: Mapping[str, Any]) -> Checkpoint:
     told = sizes.of_config(family, config) if family and config else {}
-    reading = megatron.Reading(told.get("heads"), told.get("tied"), request.contiguous_gate)
+    division = hugging_face.heads_of(config, family, request.source) if family and told.get("heads") else None
+    groups = division.groups if division else None
+    reading = megatron.Reading(told.get("heads"), groups, told.get("tied"), request.contiguous_gate)
     return megatron.read_megatron(request.source, reading)
 
 

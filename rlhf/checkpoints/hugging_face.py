@@ -132,8 +132,9 @@ def read_hugging_face(directory: Path, family: Family | None = None) -> Checkpoi
     family = family or family_of(config, str(directory / CONFIG))
     tensors = read_tensors(directory)
     heads = heads_of(config, family, directory)
-    ignored = [key for key in tensors if any(match(template, key) is not None for template in family.ignored)]
-    own = {_with_prefix(key, family): stored for key, stored in tensors.items() if key not in ignored}
+    prefixed = {_with_prefix(key, family): stored for key, stored in tensors.items()}
+    ignored = [key for key in prefixed if any(match(template, key) is not None for template in family.ignored)]
+    own = {key: stored for key, stored in prefixed.items() if key not in ignored}
     groups = {group.ours: group for group in collect(own, tuple(family.tensors.items()), str(directory))}
     copies = {}
     if family.size(config, "tied") and names.HEAD in groups:

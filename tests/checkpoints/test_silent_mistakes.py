@@ -1,0 +1,148 @@
+"""What once gave another model without a word: read right, or refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewrite import Change, edit, rewrite
+from safetensors.torch import load_file, save_file
+from tiny import build
+
+from rlhf.checkpoints.convert import Request, plan
+from rlhf.checkpoints.sizes import Grid
+from rlhf.checkpoints.writing import write
+from rlhf.errors import DataError
+
+Models = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A tiny model by name, and its Megatron files for what is asked, without config.json; each made once."""
+    made: dict[str, Path] = {}
+
+    def model(name: str, tensor: int = 1, style: str = "local") -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            build(name, made[name] / "hf")
+        home = made[name] / f"{style}-{tensor}"
+        if not home.exists():
+            write(plan(Request(made[name] / "hf", home, "megatron", grid=Grid(tensor), names=style)))
+            (home / "config.json").unlink()
+        return home
+
+    return model
+
+
+def copied(models: Models, tmp_path: Path, *which: Any, change: Change | None = None) -> Path:
+    """A Megatron directory to spoil, with the Hugging Face model it was made from beside it as `hf`."""
+    made = models(*which)
+    shutil.copytree(made.parent / "hf", tmp_path / "hf")
+    copy = Path(shutil.copytree(made, tmp_path / "megatron"))
+    if change:
+        rewrite(copy, change)
+    return copy
+
+
+def back(megatron: Path, **options: Any) -> dict[str, torch.Tensor]:
+    out = megatron.with_name("out")
+    shutil.rmtree(out, ignore_errors=True)
+    write(plan(Request(megatron, out, "hf", **options)))
+    return load_file(out / "model.safetensors")
+
+
+def differing(megatron: Path, **options: Any) -> list[str]:
+    """The tensors that come back otherwise than they were in the Hugging Face model."""
+    result, original = back(megatron, **options), load_file(megatron.with_name("hf") / "model.safetensors")
+    assert set(result) == set(original)
+    return sorted(key for key in original if not torch.allclose(result[key].float(), original[key].float(), atol=1e-6))
+
+
+def less_one(half: bool = False) -> Change:
+    """Norms as layernorm-1p keeps them."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["args"].apply_layernorm_1p = True
+        for key, tensor in content["model"].items():
+            if isinstance(tensor, torch.Tensor) and "norm" in key and key.endswith("weight"):
+                tensor = tensor - 1
+            if isinstance(tensor, torch.Tensor):
+                content["model"][key] = tensor.bfloat16() if half else tensor
+
+    return change
+
+
+def test_layernorm_1p_is_undone_on_the_norms_of_heads_too(models, tmp_path) -> None:
+    assert differing(copied(models, tmp_path, "qwen3", change=less_one())) == []
+
+
+def test_layernorm_1p_in_bf16_keeps_what_is_finer_than_a_step_near_one(models, tmp_path) -> None:
+    megatron = copied(models, tmp_path, "llama", change=less_one(half=True))
+    key = "decoder.final_layernorm.weight"
+    rewrite(megatron, edit(key, lambda norm: torch.full_like(norm, 0.0030059814453125)))  # exact in bf16; 1.003 is not
+    assert back(megatron)["model.norm.weight"].unique().tolist() == [1.0030059814453125]
+
+
+def test_core_names_without_a_version_are_in_todays_order(models, tmp_path) -> None:
+    assert differing(copied(models, tmp_path, "llama", change=lambda content: content.pop("checkpoint_version"))) == []
+
+
+def test_old_names_without_a_version_are_in_the_oldest_order(models, tmp_path) -> None:
+    megatron = copied(models, tmp_path, "gpt2", 1, "legacy", change=lambda content: content.pop("checkpoint_version"))
+    assert differing(megatron, family="gpt2") == [
+        f"transformer.h.{layer}.attn.c_attn.{leaf}" for layer in range(4) for leaf in ("bias", "weight")
+    ]
+
+
+def with_keys_apart(content: dict[str, Any]) -> None:
+    """Legacy Megatron's names for fewer keys than queries: here as many, two on a rank of four."""
+    encoder = content["model"]["language_model"]["encoder"]
+    for key in [key for key in encoder if "query_key_value" in key]:
+        fused = encoder.pop(key)
+        if isinstance(fused, torch.Tensor):
+            heads = fused.view(2, 3, -1, *fused.shape[1:])
+            encoder[key.replace("query_key_value", "query")] = heads[:, 0].flatten(0, 1).clone()
+            encoder[key.replace("query_key_value", "key_value")] = heads[:, 1:].flatten(0, 2).clone()
+
+
+def test_keys_apart_whose_biases_happen_to_be_equal(models, tmp_path) -> None:
+    def zero(content: dict[str, Any]) -> None:
+        with_keys_apart(content)
+        encoder = content["model"]["language_model"]["encoder"]
+        for key in [key for key in encoder if key.endswith("key_value.bias")]:
+            encoder[key] = torch.zeros_like(encoder[key])
+
+    megatron = copied(models, tmp_path, "starcoder2", 2, "legacy", change=zero)
+    assert differing(megatron, family="starcoder2") == [
+        f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in range(4) for part in "kv"
+    ]
+
+
+def test_one_group_on_each_rank_is_not_guessed(models, tmp_path) -> None:
+    def silent(content: dict[str, Any]) -> None:
+        content["args"].group_query_attention = False
+
+    megatron = copied(models, tmp_path, "falcon-7b", 2, "legacy")
+    assert differing(megatron, family="falcon_7b") == []
+    rewrite(megatron, silent)
+    with pytest.raises(DataError, match=r"key_value\.weight holds one group.*give --config"):
+        back(megatron, family="falcon_7b")
+    assert differing(megatron, config=tmp_path / "hf") == []
+
+
+def test_gpt2_as_it_was_first_published(models, tmp_path) -> None:
+    """Names without the prefix, and the triangle of ones that old files hold."""
+    source = copied(models, tmp_path, "gpt2").with_name("hf")
+    tensors = {key.removeprefix("transformer."): value for key, value in load_file(source / "model.safetensors").items()}
+    triangles = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(4)}
+    save_file(tensors | triangles, source / "model.safetensors")
+    conversion = plan(Request(source, tmp_path / "out", "megatron"))
+    assert len(conversion.source.skipped) == 4
+    save_file(tensors | {"h.0.attn.surprise": torch.ones(1)}, source / "model.safetensors")
+    with pytest.raises(DataError, match=r"h\.0\.attn\.surprise: not a tensor"):
+        plan(Request(source, tmp_path / "out", "megatron"))
