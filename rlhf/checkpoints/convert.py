@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, names, sizes
+from rlhf.checkpoints import agreement, families, fp8_weights, hugging_face, megatron, names, sizes
 from rlhf.checkpoints.directory import is_megatron, is_torch_dist
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
@@ -85,11 +85,15 @@ def plan(request: Request) -> Conversion:
         if config
         else None
     )
+    if family and config:
+        agreement.agree_with_config(family, config, str((config_home or request.source) / CONFIG))
     read = _read_megatron if of_megatron else _read_hugging_face
     source = read(request, family, config)
     heads = source.heads
     assert heads is not None
+    agreement.agree_with_args(source, str(request.source))
     family = family or _recognised(source)
+    agreement.agree(source, family, config, str(request.source))
     seen = sizes.measured(source.tensors, heads)
     told = {**sizes.of_args(source.args), **(sizes.of_config(family, config) if config else {})}
     if request.rotary_base:
@@ -187,11 +191,8 @@ def _recognised(source: Checkpoint) -> Family:
     """
     fitting = []
     for family in families.families().values():
-        used = {template for name in source.tensors if (template := _template_in(family, name))}
         takes_all = all(_template_in(family, name) for name in source.tensors)
-        contradicted = any(source.args.get(name) not in (None, value) for name, value in family.args.items())
-        needed = {template for template in family.tensors if "{leaf}" not in template and template != names.HEAD}
-        if takes_all and not contradicted and needed <= used and not family.mapping_only:
+        if takes_all and not family.mapping_only and not agreement.contradiction(source, family, {}):
             fitting.append(family)
     if len(fitting) == 1:
         return fitting[0]

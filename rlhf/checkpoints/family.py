@@ -36,6 +36,9 @@ class Family:
     """which config.json of this model_type is meant, where the table fits only some"""
     optional_prefix: str = ""
     """a prefix that old uploads leave out"""
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """keys of config.json that say whether there are biases, and the matrices they speak of; `constants` has their defaults.
+    Without, `args` say it"""
     ignored: tuple[str, ...] = ()
     """Hugging Face tensors that hold no weights (names with holes)"""
     mapping_only: str = ""

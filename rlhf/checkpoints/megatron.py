@@ -119,7 +119,7 @@ def _heads(heap: Heap, groups: Mapping[str, Group], reading: Reading) -> Heads:
             f"{heap.place}: {heads} attention heads do not fit its matrices (attention output takes in {heads * width + rest}, "
             f"keys have {rows} rows); is it the right --config?"
         )
-    for place, said in (("args.num_query_groups", told), ("config.json", reading.groups)):
+    for place, said in (("args.num_query_groups", told), ("the number of groups in config.json", reading.groups)):
         if said not in (None, number):
             raise DataError(f"{heap.place}: {place} is {said}, its tensors hold {number} groups")
     return Heads(int(heads), number)
@@ -169,7 +169,8 @@ def _ours(group: Group, groups: Mapping[str, Group], heap: Heap, heads: Heads, r
     else:
         operation = group.operation
         joined, before = derived(members, lambda parts: operation.join(parts, heads), operation.how), ()
-    if heap.args.get("apply_layernorm_1p") and "norm" in template and group.ours.endswith(".weight"):
+    less_one = heap.args.get("apply_layernorm_1p") or heap.args.get("layernorm_zero_centered_gamma")  # 0.16 calls it this
+    if less_one and "norm" in template and group.ours.endswith(".weight"):
         # In float32: near 1 a bf16 step is 2^-7, and the stored difference is mostly finer than that.
         joined, before = derived([joined], lambda parts: parts[0].float() + 1, "add 1 in float32 (layernorm-1p)"), ()
     ranks = before if dim is not None and len(before) > 1 else ()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.checkpoints import names
+from rlhf.checkpoints.agreement import biases
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
 from rlhf.checkpoints.stored import Stored
@@ -146,20 +147,13 @@ def with_rotary_base(family: Family, config: Mapping[str, Any], base: float) -> 
     return {**config, family.sizes["rotary_base"]: float(base), "rope_parameters": section}
 
 
-def _biases(names_of_tensors: Collection[str]) -> dict[str, bool]:
-    """Which matrices have biases, as Megatron's args say it: Llama's may or may not."""
-    first = {"layer": "0", "expert": "0", "leaf": "bias"}
-    linear = any(fill(template, first) in names_of_tensors for template in (names.PROJ, names.FC1, names.EXPERT_FC1))
-    return {"add_bias_linear": linear, "add_qkv_bias": fill(names.QKV, first) in names_of_tensors}
-
-
 def args_namespace(
     family: Family, sizes: Sizes, tensors: Collection[str], grid: Grid, padded: int, dtype: torch.dtype, style: str, layout: str
 ) -> Namespace:
     """Megatron's args for the model, as far as they describe it."""
     told = {argument: sizes.get(name) for name, argument in ARGS.items()}
     return Namespace(
-        **{**told, **family.args, **_biases(tensors)},
+        **{**told, **family.args, **biases(tensors)},
         moe_router_pre_softmax=not sizes.get("router_renormalised", True),
         group_query_attention=sizes["groups"] != sizes["heads"],
         untie_embeddings_and_output_weights=not sizes["tied"],

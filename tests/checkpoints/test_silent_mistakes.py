@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from rewrite import Change, edit, rewrite
 from safetensors.torch import load_file, save_file
 from tiny import build
 
-from rlhf.checkpoints.convert import Request, plan
+from rlhf.checkpoints.convert import Request, To, plan
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.writing import write
 from rlhf.errors import DataError
@@ -146,3 +148,103 @@ def test_gpt2_as_it_was_first_published(models, tmp_path) -> None:
     save_file(tensors | {"h.0.attn.surprise": torch.ones(1)}, source / "model.safetensors")
     with pytest.raises(DataError, match=r"h\.0\.attn\.surprise: not a tensor"):
         plan(Request(source, tmp_path / "out", "megatron"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen3", "starcoder2", "galactica", "falcon_40b", "bloom", "chatglm2"])
+def test_a_family_that_the_model_is_not_of(models, tmp_path, family) -> None:
+    megatron = copied(models, tmp_path, "llama-gqa")
+    few = copied(models, tmp_path / "few", "llama-gqa")
+    rewrite(few, lambda content: content.update(args=argparse.Namespace(num_attention_heads=8)))
+    for source in (megatron, few):
+        with pytest.raises(DataError, match=f"taken for a {family} model, but"):
+            plan(Request(source, tmp_path / "out", "hf", family=family))
+    shutil.copy(tmp_path / "hf" / "config.json", megatron)
+    both: list[tuple[Path, To]] = [(megatron, "hf"), (tmp_path / "hf", "megatron")]
+    for source, to in both:
+        with pytest.raises(DataError, match=f"--family {family}: .*config.json's model_type 'llama' is of llama"):
+            plan(Request(source, tmp_path / "out", to, family=family))
+        assert plan(Request(source, tmp_path / "out", to, family="llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("qwen3", "self_attn.q_norm.weight"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("gpt2", "transformer.ln_f.bias"),
+        ("gpt2", "ln_1.bias"),
+        ("gpt2", "mlp.c_fc.bias"),
+        ("qwen2", "_proj.bias"),
+        ("llama-bias-tied", "o_proj.bias"),
+        ("bloom", "word_embeddings_layernorm.bias"),
+        ("qwen2_moe", "shared_expert_gate.weight"),
+        ("falcon-40b", "ln_mlp.bias"),
+        ("starcoder2", "k_proj.bias"),
+        ("opt", "fc2.bias"),
+        ("llama", "post_attention_layernorm.weight"),
+    ],
+)
+def test_a_tensor_missing_from_every_layer(models, tmp_path, name, lost) -> None:
+    source = copied(models, tmp_path, name).with_name("hf")
+    tensors = load_file(source / "model.safetensors")
+    plan(Request(source, tmp_path / "out", "megatron"))
+    save_file({key: value for key, value in tensors.items() if not key.endswith(lost)}, source / "model.safetensors")
+    with pytest.raises(DataError, match="missing"):
+        plan(Request(source, tmp_path / "out", "megatron"))
+
+
+def test_biases_that_config_json_denies(models, tmp_path) -> None:
+    source = copied(models, tmp_path, "llama-bias-tied").with_name("hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    with pytest.raises(DataError, match=r"linear_proj\.bias is there, config\.json's attention_bias is false"):
+        plan(Request(source, tmp_path / "out", "megatron"))
+
+
+@pytest.mark.parametrize("change", [{"model.layers.9.nothing": "model.safetensors"}, {"model.norm.weight": None}])
+def test_an_index_and_its_files(models, tmp_path, change) -> None:
+    source = copied(models, tmp_path, "llama").with_name("hf")
+    index = source / "model.safetensors.index.json"
+    named = dict.fromkeys(load_file(source / "model.safetensors"), "model.safetensors")
+    index.write_text(json.dumps({"weight_map": named}))
+    plan(Request(source, tmp_path / "out", "megatron"))
+    index.write_text(json.dumps({"weight_map": {key: file for key, file in (named | change).items() if file}}))
+    with pytest.raises(DataError, match=f"index.json: says {next(iter(change))} is in"):
+        plan(Request(source, tmp_path / "out", "megatron"))
+
+
+def test_a_dropped_head_does_not_make_a_tied_model(models, tmp_path) -> None:
+    megatron = copied(models, tmp_path, "llama")
+    rewrite(megatron, lambda content: content["model"].pop("output_layer.weight"))
+    with pytest.raises(DataError, match=r"head is not tied, and output_layer\.weight is missing"):
+        plan(Request(megatron, tmp_path / "out", "hf"))
+    rewrite(megatron, lambda content: setattr(content["args"], "untie_embeddings_and_output_weights", False))
+    assert plan(Request(megatron, tmp_path / "out", "hf")).config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear True, its tensors have no such biases"),
+        ({"add_qkv_bias": True}, "add_qkv_bias True, its tensors have no such biases"),
+        ({"normalization": "LayerNorm"}, "its args say normalization 'LayerNorm', and one has 'RMSNorm'"),
+        ({"position_embedding_type": "learned_absolute"}, "its args say position_embedding_type"),
+    ],
+)
+def test_args_against_the_config_beside(models, tmp_path, change, message) -> None:
+    megatron = copied(models, tmp_path, "llama")
+    assert differing(megatron, config=tmp_path / "hf") == []
+    rewrite(megatron, lambda content: vars(content["args"]).update(change))
+    with pytest.raises(DataError, match=message):
+        plan(Request(megatron, tmp_path / "out", "hf", config=tmp_path / "hf"))
+
+
+def test_the_newer_name_of_layernorm_1p(models, tmp_path) -> None:
+    """megatron-core 0.16.1 keeps it in args as layernorm_zero_centered_gamma alone."""
+
+    def renamed(content: dict[str, Any]) -> None:
+        less_one()(content)
+        del content["args"].apply_layernorm_1p
+        content["args"].layernorm_zero_centered_gamma = True
+
+    assert differing(copied(models, tmp_path, "qwen3", change=renamed)) == []
