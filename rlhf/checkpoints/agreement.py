@@ -80,8 +80,10 @@ def _biases_said_otherwise(source: Checkpoint) -> str | None:
     linear, qkv = (source.args.get(name) for name in BIAS_ARGS)
     if linear is not None and bool(linear) != there["add_bias_linear"]:
         return f"its args say add_bias_linear {linear}, its tensors have {'such' if not linear else 'no such'} biases"
-    if qkv is not None and bool(qkv or linear) != there["add_qkv_bias"]:
-        return f"its args say add_qkv_bias {qkv}, its tensors have {'such' if not qkv else 'no such'} biases"
+    if qkv and not there["add_qkv_bias"]:
+        return "its args say add_qkv_bias True, its tensors have no such biases"
+    if qkv is False and not linear and there["add_qkv_bias"]:
+        return "its args say add_qkv_bias False, its tensors have such biases"
     return None
 
 
@@ -152,3 +154,9 @@ def _other_biases(tensors: Collection[str], family: Family, config: Mapping[str,
         if fill(template, first | {"leaf": "weight"}) in tensors and (name in tensors) != has_bias:
             return f"{name} is {'there' if name in tensors else 'missing'}{why}"
     return None
+
+
+def biases_as_config(family: Family, tensors: Collection[str]) -> dict[str, bool]:
+    """What a config.json that is made says of biases, where the family leaves them open."""
+    first = {"layer": "0", "leaf": "bias"}
+    return {key: any(fill(template, first) in tensors for template in templates) for key, templates in family.biases.items()}

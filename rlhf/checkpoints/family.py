@@ -32,6 +32,8 @@ class Family:
     """what Megatron's args say of such a model; a checkpoint that says otherwise is of another family"""
     groups: Callable[[Mapping[str, Any]], int | None] | None = None
     """the number of key and value heads from a config.json, where no one key holds it"""
+    as_groups: Callable[[int, int], Mapping[str, Any]] | None = None
+    """the reverse: what a config.json says of so many heads and groups"""
     when: Callable[[Mapping[str, Any]], bool] | None = None
     """which config.json of this model_type is meant, where the table fits only some"""
     optional_prefix: str = ""

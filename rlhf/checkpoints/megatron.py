@@ -64,7 +64,7 @@ def read_megatron(path: Path, reading: Reading | None = None) -> Checkpoint:
     for ours in in_order(groups):
         tensors[ours] = _ours(groups[ours], groups, heap, heads, reading, shared)
     complete(tensors, str(directory))
-    _agree(tensors, heap.args, directory)
+    _agree(tensors, heap.args, heads, directory)
     warnings = _warnings(heap, groups, reading)
     return Checkpoint(
         heap.format, tensors, heap.args, (*heap.skipped, *notes), warnings, heap.tensor_parallel, heap.files, copies, heads
@@ -195,7 +195,7 @@ def _joined(ranks: Sequence[Stored], dim: int | None, gated: bool) -> Stored:
     return derived(ranks, partial(join_ranks, dim=dim, gated=gated), how)
 
 
-def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], directory: Path) -> None:
+def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], heads: Heads, directory: Path) -> None:
     """What the tensors say and what `args` say are the same."""
     embedding = tensors[names.EMBEDDING].shape
     numbers = {int(values["layer"]) for name in tensors if "layer" in (values := names.template_of(name)[1])}
@@ -203,6 +203,7 @@ def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], directory: Pa
     measured = {
         "num_layers": len(numbers),
         "hidden_size": embedding[1],
+        "kv_channels": tensors[fill(names.PROJ, {"layer": "0", "leaf": "weight"})].shape[1] // heads.heads,
         "padded_vocab_size": embedding[0],
         **({"ffn_hidden_size": fc2.shape[1]} if fc2 else {}),
     }

@@ -5,64 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rewrite import Change, edit, rewrite
+from rewrite import Change, back, copied, differing, edit, rewrite
 from safetensors.torch import load_file, save_file
-from tiny import build
 
 from rlhf.checkpoints.convert import Request, To, plan
-from rlhf.checkpoints.sizes import Grid
-from rlhf.checkpoints.writing import write
 from rlhf.errors import DataError
-
-Models = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """A tiny model by name, and its Megatron files for what is asked, without config.json; each made once."""
-    made: dict[str, Path] = {}
-
-    def model(name: str, tensor: int = 1, style: str = "local") -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            build(name, made[name] / "hf")
-        home = made[name] / f"{style}-{tensor}"
-        if not home.exists():
-            write(plan(Request(made[name] / "hf", home, "megatron", grid=Grid(tensor), names=style)))
-            (home / "config.json").unlink()
-        return home
-
-    return model
-
-
-def copied(models: Models, tmp_path: Path, *which: Any, change: Change | None = None) -> Path:
-    """A Megatron directory to spoil, with the Hugging Face model it was made from beside it as `hf`."""
-    made = models(*which)
-    shutil.copytree(made.parent / "hf", tmp_path / "hf")
-    copy = Path(shutil.copytree(made, tmp_path / "megatron"))
-    if change:
-        rewrite(copy, change)
-    return copy
-
-
-def back(megatron: Path, **options: Any) -> dict[str, torch.Tensor]:
-    out = megatron.with_name("out")
-    shutil.rmtree(out, ignore_errors=True)
-    write(plan(Request(megatron, out, "hf", **options)))
-    return load_file(out / "model.safetensors")
-
-
-def differing(megatron: Path, **options: Any) -> list[str]:
-    """The tensors that come back otherwise than they were in the Hugging Face model."""
-    result, original = back(megatron, **options), load_file(megatron.with_name("hf") / "model.safetensors")
-    assert set(result) == set(original)
-    return sorted(key for key in original if not torch.allclose(result[key].float(), original[key].float(), atol=1e-6))
 
 
 def less_one(half: bool = False) -> Change:

@@ -21,9 +21,10 @@ FAMILY = Family(
     tensors={**SHARED, names.INPUT_NORM: Copy(LAYER + "input_layernorm.{leaf}")},
     sizes=SIZES,
     defaults=DEFAULTS,
-    constants={"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False, "alibi": False},
+    constants={"new_decoder_architecture": False, "parallel_attn": True, "bias": False, "alibi": False},
     args=ARGS,
     biases=BIASES,
     groups=groups,
+    as_groups=lambda heads, groups: {"multi_query": groups == 1},
     when=lambda config: not config.get("new_decoder_architecture"),
 )
