@@ -23,6 +23,7 @@ def contradiction(source: Checkpoint, family: Family, config: Mapping[str, Any])
     return (
         _said_otherwise(source.args, family, config)
         or _gated_otherwise(source.tensors, family)
+        or _other_layers_routed(source.tensors, family, config)
         or _lacking(source.tensors, family, config)
         or _other_biases(source.tensors, family, config)
     )
@@ -34,7 +35,7 @@ def agree_with_args(source: Checkpoint, place: str) -> None:
     Raises:
         DataError: args speak of biases or a head that is not there, or know nothing of biases that are.
     """
-    if found := _biases_said_otherwise(source) or _headless(source):
+    if found := _biases_said_otherwise(source) or _headless(source) or _routed_otherwise(source):
         raise DataError(f"{place}: {found}; files of two models, or incomplete?")
 
 
@@ -103,6 +104,36 @@ def _headless(source: Checkpoint) -> str | None:
     )
 
 
+def routed(tensors: Collection[str]) -> list[int]:
+    """For each layer 1 where a router picks experts, 0 where its MLP is dense."""
+    layers = {name.split(".")[2] for name in tensors if name.startswith("decoder.layers.")}
+    return [int(fill(names.ROUTER, {"layer": layer}) in tensors) for layer in sorted(layers, key=int)]
+
+
+def moe_layer_freq(tensors: Collection[str]) -> int | list[int]:
+    """The same as Megatron's argument: 1 where all are alike."""
+    layers = routed(tensors)
+    return layers if 0 < sum(layers) < len(layers) else 1
+
+
+def _routed_otherwise(source: Checkpoint) -> str | None:
+    """Source: megatron-core 0.16.1, gpt_layer_specs.py: a list with one entry a layer, or every so many layers."""
+    told, layers = source.args.get("moe_layer_freq"), routed(source.tensors)
+    if not source.args.get("num_experts") or not isinstance(told, int | list | tuple):
+        return None
+    expected = [int(layer % told == 0) for layer in range(len(layers))] if isinstance(told, int) else [*told]
+    return None if expected == layers else f"its args say moe_layer_freq {told}, its tensors have experts in layers {layers}"
+
+
+def _other_layers_routed(tensors: Collection[str], family: Family, config: Mapping[str, Any]) -> str | None:
+    """config.json of Qwen's routed models names the layers that are not, or says every how many are."""
+    if names.ROUTER not in family.tensors or names.FC1 not in family.tensors or not config:
+        return None
+    layers, step, dense = routed(tensors), config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    expected = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(len(layers))]
+    return None if expected == layers else f"config.json has experts in layers {expected}, its tensors in {layers}"
+
+
 def _gated_otherwise(tensors: Mapping[str, Stored], family: Family) -> str | None:
     first = {"layer": "0", "leaf": "weight"}
     fc1, fc2 = (tensors.get(fill(template, first)) for template in (names.FC1, names.FC2))
@@ -118,10 +149,8 @@ def _lacking(tensors: Collection[str], family: Family, config: Mapping[str, Any]
 
 def _needed(tensors: Collection[str], family: Family) -> Iterator[str]:
     """What a model of the family has in any case: every weight of its table, and the biases of a LayerNorm."""
-    found = [names.template_of(name) for name in tensors]
-    layers = sorted({int(values["layer"]) for _, values in found if "layer" in values})
-    routed = {int(values["layer"]) for template, values in found if template == names.ROUTER}
-    if names.ROUTER in family.tensors and not routed:
+    layers = routed(tensors)
+    if names.ROUTER in family.tensors and not any(layers):
         yield fill(names.ROUTER, {"layer": "0"})
     leaves = ("weight", "bias") if family.args.get("normalization") == "LayerNorm" else ("weight",)
     for template in family.tensors:
@@ -131,9 +160,8 @@ def _needed(tensors: Collection[str], family: Family) -> Iterator[str]:
             if "{layer}" not in template:
                 yield fill(template, {"leaf": leaf})
                 continue
-            for layer in layers:
-                wanted = template not in MLP or (template in ROUTED) == (layer in routed)
-                if wanted:
+            for layer, is_routed in enumerate(layers):
+                if template not in MLP or (template in ROUTED) == bool(is_routed):
                     yield fill(template, {"layer": str(layer), "leaf": leaf, "expert": "0"})
 
 
@@ -156,7 +184,11 @@ def _other_biases(tensors: Collection[str], family: Family, config: Mapping[str,
     return None
 
 
-def biases_as_config(family: Family, tensors: Collection[str]) -> dict[str, bool]:
-    """What a config.json that is made says of biases, where the family leaves them open."""
+def as_config(family: Family, tensors: Collection[str]) -> dict[str, Any]:
+    """What a config.json that is made says of biases and of layers with experts, where the family leaves them open."""
     first = {"layer": "0", "leaf": "bias"}
-    return {key: any(fill(template, first) in tensors for template in templates) for key, templates in family.biases.items()}
+    said = {key: any(fill(template, first) in tensors for template in templates) for key, templates in family.biases.items()}
+    if names.ROUTER in family.tensors and names.FC1 in family.tensors:
+        dense = [layer for layer, is_routed in enumerate(routed(tensors)) if not is_routed]
+        said |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return said

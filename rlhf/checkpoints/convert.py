@@ -109,7 +109,7 @@ def plan(request: Request) -> Conversion:
         target = hugging_face.lay_out(tensors, family, heads, request.shard_bytes)
         if not config:
             said = computed.as_config(strange, str(request.source))
-            said |= agreement.biases_as_config(family, tensors)
+            said |= agreement.as_config(family, tensors)
             config = sizes.config_json(family, known, dtype, said)
             warnings.append(f"config.json is made from the tensors and Megatron's args; family {family.name}")
         if request.rotary_base:

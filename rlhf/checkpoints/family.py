@@ -9,6 +9,8 @@ from typing import Any
 from rlhf.checkpoints.operations import Operation
 
 NOT_HERE = object()
+ALSO = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+"""Keys of config.json that transformers renamed in some families: the one may stand for the other."""
 
 
 @dataclass(frozen=True)
@@ -50,5 +52,5 @@ class Family:
         """A size by our word for it, from a config.json."""
         found: Any = config
         for key in self.sizes[name].split(".") if name in self.sizes else ():
-            found = found.get(key, NOT_HERE) if isinstance(found, Mapping) else NOT_HERE
+            found = found.get(key, found.get(ALSO.get(key), NOT_HERE)) if isinstance(found, Mapping) else NOT_HERE
         return self.defaults.get(name) if found is NOT_HERE or found is config else found

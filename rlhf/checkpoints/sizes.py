@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.checkpoints import names
-from rlhf.checkpoints.agreement import biases
+from rlhf.checkpoints.agreement import biases, moe_layer_freq
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
 from rlhf.checkpoints.stored import Stored
@@ -73,7 +73,7 @@ def measured(tensors: Mapping[str, Stored], heads: Heads) -> Sizes:
         "vocabulary": tensors[names.EMBEDDING].shape[0],
         "positions": width(names.POSITIONS, 0),
         "tied": names.HEAD not in tensors,
-        "experts": tensors[fill(names.ROUTER, first)].shape[0] if fill(names.ROUTER, first) in tensors else None,
+        "experts": width(names.ROUTER, 0),
         "expert_mlp": width(names.EXPERT_FC2, 1),
         "shared_mlp": width(names.SHARED_FC2, 1),
     }
@@ -199,6 +199,7 @@ def args_namespace(
     routing = {"moe_router_pre_softmax": not sizes.get("router_renormalised", True)}
     return Namespace(
         **{**told, **routing, **about, **biases(tensors)},
+        moe_layer_freq=moe_layer_freq(tensors),
         group_query_attention=sizes["groups"] != sizes["heads"],
         untie_embeddings_and_output_weights=not sizes["tied"],
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rewrite import content_of, copied, differing, rewrite
-from tiny import NATIVE, ONE_GROUP, build
+from tiny import NATIVE, build
 
 from rlhf.checkpoints.convert import Conversion, Request, plan
 from rlhf.checkpoints.verify import verify
@@ -25,11 +25,7 @@ def made(megatron: Path, change: dict[str, Any], **options: Any) -> Conversion:
 
 def built(name: str, directory: Path, **changes: Any) -> Path:
     """A tiny model with other settings, as Hugging Face files."""
-    table = NATIVE if name in NATIVE else ONE_GROUP
-    model_type, settings = table[name]
-    table["changed"] = (model_type, settings | changes)
-    build("changed", directory / "hf")
-    del table["changed"]
+    build(name, directory / "hf", **changes)
     return directory / "hf"
 
 
