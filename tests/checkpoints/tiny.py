@@ -67,11 +67,12 @@ ONE_GROUP: dict[str, tuple[str, dict[str, Any]]] = {
 """Models with one key and value for all queries."""
 
 
-def build(name: str, directory: Path, seed: int = 0, **sizes: Any) -> PreTrainedModel:
-    """A random model in float32, saved."""
+def build(name: str, directory: Path, seed: int = 0, **others: Any) -> PreTrainedModel:
+    """A random model in float32, saved; `others` are settings that differ."""
     model_type, changes = (NATIVE | ONE_GROUP)[name]
+    changes = changes | others
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(changes | sizes)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.dim() == 1 else 0.0))
