@@ -10,28 +10,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.errors import DataError
 from rlhf.models.load import local
-from rlhf.models.source import resolve
+from rlhf.models.source import Source, resolve
 
 
 def outline(spec: str) -> nn.Module:
     """A policy or a reward model, with adapters where the source is an adapter.
 
     Raises:
-        DataError: transformers knows no such architecture.
+        DataError: transformers knows no such architecture, or an adapter names no base.
     """
     source = local(resolve(spec))
     if (Path(source.path) / "adapter_config.json").is_file():
         return _with_adapter(Path(source.path))
+    return _laid_out(source)
+
+
+def _laid_out(source: Source, scalar: bool = False) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(source.path, revision=source.revision)
-        scalar = any("SequenceClassification" in name for name in config.architectures or ())
+        scalar = scalar or any("SequenceClassification" in name for name in config.architectures or ())
         if scalar:
             config.num_labels = 1
         factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
         with torch.device("meta"):
             return factory.from_config(config)
     except (OSError, ValueError) as error:
-        raise DataError(f"{spec}: transformers cannot lay it out: {str(error).strip().splitlines()[0]}") from error
+        raise DataError(f"{source.path}: cannot be laid out: {str(error).strip().splitlines()[0]}") from error
 
 
 def _with_adapter(directory: Path) -> nn.Module:
@@ -41,12 +45,6 @@ def _with_adapter(directory: Path) -> nn.Module:
     if config.base_model_name_or_path is None:
         raise DataError(f"{directory}/adapter_config.json: no base_model_name_or_path, so its base is unknown")
     revision = f"@{config.revision}" if config.revision else ""
-    base = outline(f"{config.base_model_name_or_path}{revision}")
-    if config.task_type == TaskType.SEQ_CLS:
-        scalar = base.config  # pyright: ignore
-        scalar.num_labels = 1
-        with torch.device("meta"):
-            base = AutoModelForSequenceClassification.from_config(scalar)
-    model = PeftModel(base, config)  # pyright: ignore
-    model.requires_grad_(False)
-    return model
+    base = local(resolve(f"{config.base_model_name_or_path}{revision}"))
+    laid_out = _laid_out(base, scalar=config.task_type == TaskType.SEQ_CLS)
+    return PeftModel(laid_out.requires_grad_(False), config)  # pyright: ignore

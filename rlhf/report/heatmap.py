@@ -9,7 +9,9 @@ ROW_HEIGHT = 0.22
 """Inches."""
 
 
-def draw(path: Path, values: Mapping[str, Mapping[str, float]], columns: Sequence[str], title: str, low: float, high: float) -> None:
+def draw(
+    path: Path, values: Mapping[str, Mapping[str, float]], columns: Sequence[str], title: str, low: float, high: float
+) -> None:
     """A PNG with a row for each name; `low` and worse is dark red, `high` and better is green, what is not there is blank."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import; only those who draw pay
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A Llama trained a little, so that what it computes is worth keeping; and the rows it was trained on."""
+"""A small Llama and some rows, for the FP8 commands."""
 
 from __future__ import annotations
 

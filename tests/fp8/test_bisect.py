@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rlhf.config.parse import parse
-from rlhf.fp8.recipes import kept_gemms
-from rlhf.fp8.state import calibrating, fp8_layers, fp8_state
+from rlhf.fp8.apply import switched_off
+from rlhf.fp8.state import calibrating, fp8_state
 from rlhf.training.fp8.bisect import bisect, keep_patterns
 from rlhf.training.fp8.sft import Subject, open_subject, read_rows
 
@@ -23,12 +23,15 @@ def opened(files, recipe: str, **changes: object) -> Subject:
 
 
 @torch.no_grad()
-def plant(policy: nn.Module, channels: slice) -> None:
-    """The norm before layer 1's attention makes channels 1e4 times as large, the layers after it take that back."""
+def plant(policy: nn.Module, channels: slice, factor: float) -> None:
+    """The norm before layer 1's attention makes channels that much larger, the layers after it take it back.
+
+    One channel of 1e4 is not enough to hurt: E4M3 spans 2e5 from its smallest number to its largest.
+    """
     layer = policy.get_submodule("actor.model.layers.1")
-    layer.input_layernorm.weight[channels] *= 1e4  # pyright: ignore
+    layer.input_layernorm.weight[channels] *= factor  # pyright: ignore
     for name in "qkv":
-        layer.get_submodule(f"self_attn.{name}_proj").weight[:, channels] /= 1e4  # pyright: ignore
+        layer.get_submodule(f"self_attn.{name}_proj").weight[:, channels] /= factor  # pyright: ignore
 
 
 def named(patterns: list[str]) -> set[str]:
@@ -40,16 +43,14 @@ def test_an_outlier_channel_is_named(recipe, subject_files):
     subject = opened(subject_files, recipe)
     rows = read_rows(subject, subject.config.data.train)
     healthy = subject.logprobs(batches := subject.batches(rows[:16]))
-    plant(subject.policy, slice(5, 6))
-    for layer in fp8_layers(subject.policy).values():
-        layer.enabled = False
-    plain = subject.logprobs(batches)
-    for layer in fp8_layers(subject.policy).values():
-        layer.enabled = True
+    plant(subject.policy, slice(5, 6), 1e6)
+    with switched_off(subject.policy):
+        plain = subject.logprobs(batches)
     assert (plain - healthy).abs().mean() < 0.1  # the function is what it was
-    patterns = keep_patterns(bisect(subject, batches))
-    assert named(patterns) <= FAULTY
-    assert {name for name in FAULTY if "fprop" in kept_gemms(name, tuple(patterns))} == FAULTY
+    found = bisect(subject, batches)
+    assert named(keep_patterns(found)) <= FAULTY
+    assert "model.layers.1.self_attn.v_proj" in found[0].keep  # q and k of a model that attends evenly matter less
+    assert found[0].left <= 0.25 * found[0].error
 
 
 def test_stale_delayed_scales_are_named(subject_files):
@@ -59,7 +60,7 @@ def test_stale_delayed_scales_are_named(subject_files):
         subject.loss(subject.batches(rows[16:32]))
     batches = subject.batches(rows[:16])
     assert keep_patterns(bisect(subject, batches)) == []
-    plant(subject.policy, slice(None))
+    plant(subject.policy, slice(None), 1e4)
     state = {name: tensor.clone() for name, tensor in fp8_state(subject.policy).items()}
     found = bisect(subject, batches)
     assert named(keep_patterns(found)) == FAULTY
@@ -79,11 +80,11 @@ def test_nothing_stands_out_in_a_healthy_model(recipe, subject_files):
 def test_the_list_is_what_keep_takes(subject_files):
     """With the list in the config, the error is the one promised."""
     subject = opened(subject_files, "current")
-    plant(subject.policy, slice(5, 6))
+    plant(subject.policy, slice(5, 6), 1e6)
     rows = read_rows(subject, subject.config.data.train)[:16]
     found = bisect(subject, subject.batches(rows))
     subject_kept = opened(subject_files, "current", **{"fp8.keep": ",".join(keep_patterns(found))})
-    plant(subject_kept.policy, slice(5, 6))
+    plant(subject_kept.policy, slice(5, 6), 1e6)
     again = bisect(subject_kept, subject_kept.batches(rows))
     for before, after in zip(found, again, strict=True):
         assert after.error == pytest.approx(before.left)

@@ -87,14 +87,14 @@ def test_the_worst_comes_first_and_the_model_is_left_as_it_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
     with torch.no_grad():
-        model[2].weight[:, 0] *= 1e4  # one scale for the whole weight leaves the rest nothing
+        model[2].weight[:, 0] *= 1e6  # one scale for the whole weight leaves the rest nothing
     apply(model, Fp8(recipe="current", high_precision=("dgrad",)))
     x = torch.randn(32, 64)
     before = model(x)
     found = inspect(model, RECIPES["current"], list(RECIPES.values()), lambda: model(x).square().mean().backward())
     assert (found[0].layer, found[0].operand, found[0].level) == ("2", "weight", "warn")
     assert found[0].underflow > 0.9
-    assert found[0].what_if["rowwise"] == pytest.approx(found[0].what_if["current"], abs=20)
+    assert found[0].what_if["rowwise"] > found[0].what_if["current"]  # there each row's outlier is exact
     assert {(one.layer, one.operand) for one in found} == {
         (layer, operand) for layer in "024" for operand in ("activation", "weight", "gradient")
     }

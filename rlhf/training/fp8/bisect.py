@@ -26,8 +26,6 @@ AT_MOST = 0.25
 GROWS = 0.25
 """and takes in one more layer as long as that takes away this part of what is left."""
 
-Place = tuple[str, Gemm]
-
 
 @dataclass(frozen=True)
 class Culprits:
@@ -50,14 +48,14 @@ def bisect(subject: Subject, batches: Sequence[Batch], advance: Callable[[int, i
     """
     layers = {plain_name(name).removeprefix("actor."): layer for name, layer in fp8_layers(subject.policy).items()}
     kept = {name: layer.high_precision for name, layer in layers.items()}
-    places = [(name, gemm) for gemm in GEMMS for name in layers if gemm not in kept[name]]
+    places: list[tuple[str, Gemm]] = [(name, gemm) for gemm in GEMMS for name in layers if gemm not in kept[name]]
     state = {name: layer.amax_history.clone() for name, layer in layers.items() if layer.recipe.delayed}
     try:
-        _set(layers, set())
+        _set(layers, "fprop", ())
         plain = subject.logprobs(batches), _gradients(subject, batches)
 
         def error(gemm: Gemm, names: Sequence[str]) -> float:
-            _set(layers, {(name, gemm) for name in names})
+            _set(layers, gemm, names)
             if gemm == "fprop":
                 return _finite(float((subject.logprobs(batches) - plain[0]).abs().mean()))
             return _distance(_gradients(subject, batches), plain[1])
@@ -101,9 +99,10 @@ def _keep_list(gemm: Gemm, alone: dict[str, float], error: Callable[[Gemm, Seque
     return Culprits(gemm, left[0], left[length], names[:length], {name: alone[name] for name in names})
 
 
-def _set(layers: dict[str, FP8Linear], in_fp8: set[Place]) -> None:
+def _set(layers: dict[str, FP8Linear], gemm: Gemm, in_fp8: Sequence[str]) -> None:
+    """Of all products, only this one of these layers in FP8."""
     for name, layer in layers.items():
-        layer.high_precision = frozenset(gemm for gemm in GEMMS if (name, gemm) not in in_fp8)
+        layer.high_precision = frozenset(GEMMS) - ({gemm} if name in in_fp8 else set())
 
 
 def _gradients(subject: Subject, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -114,9 +113,8 @@ def _gradients(subject: Subject, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 def _distance(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
     """Root mean square over weights of |difference| / |plain gradient|."""
-    parts = [
-        float((ours[name] - gradient).norm() / norm) ** 2 for name, gradient in plain.items() if float(norm := gradient.norm()) > 0
-    ]
+    norms = {name: float(gradient.norm()) for name, gradient in plain.items()}
+    parts = [(float((ours[name] - plain[name]).norm()) / norm) ** 2 for name, norm in norms.items() if norm > 0]
     return _finite(math.sqrt(fmean(parts))) if parts else 0.0
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from rlhf.config.schema import SftConfig
 from rlhf.config.sections import Fp8
-from rlhf.errors import ConfigError, DataError, UsageError
+from rlhf.errors import DataError, UsageError
 from rlhf.fp8.plan import plan, require_matches, summary
 from rlhf.fp8.recipes import OPERANDS, SHAPES, recipe_of
 from rlhf.fp8.state import calibrating, delayed_layers
@@ -44,7 +44,7 @@ def plan_command(model: str, fp8: Fp8, as_json: bool) -> int:
     require_matches(decisions, fp8, laid_out)
     if as_json:
         rows = [asdict(one) | {"high_precision": sorted(one.high_precision), "in_fp8": one.in_fp8} for one in decisions]
-        print(json.dumps({"recipe": fp8.recipe, "layers": rows}, indent=1))
+        _print_json({"recipe": fp8.recipe, "layers": rows})
         return 0
     rows = [(one.name, f"{one.shape[0]} x {one.shape[1]}", "FP8" if one.in_fp8 else "-", one.reason) for one in decisions]
     print(_table(("layer", "out x in", fp8.recipe, "why"), rows))
@@ -71,7 +71,7 @@ def inspect_command(asked: Rows, picture: Path | None) -> int:
         low, high = SQNR_LIMITS["E5M2"][1], SQNR_LIMITS["E4M3"][0] + 4
         heatmap.draw(picture, cells, OPERANDS, f"SQNR in dB, recipe {config.fp8.recipe}", low, high)
     if asked.as_json:
-        print(json.dumps({"recipe": config.fp8.recipe, "operands": [_plain(asdict(one)) for one in found]}, indent=1))
+        _print_json({"recipe": config.fp8.recipe, "operands": [asdict(one) for one in found]})
         return 0
     print(_table(("", "layer", "operand", "amax", "scale", "underflow", "overflow", "SQNR dB", "cosine",
                   *(f"{name}?" for name in SHAPES)), map(_row, found[:SHOWN])))  # fmt: skip
@@ -93,7 +93,7 @@ def bisect_command(asked: Rows) -> int:
     console.close()
     patterns = keep_patterns(found)
     if asked.as_json:
-        print(json.dumps({"recipe": config.fp8.recipe, "keep": patterns, "products": [asdict(one) for one in found]}, indent=1))
+        _print_json({"recipe": config.fp8.recipe, "keep": patterns, "products": [asdict(one) for one in found]})
         return 0
     what = {"fprop": "mean |log-prob error|", "dgrad": "relative gradient error", "wgrad": "relative gradient error"}
     rows_shown = [
@@ -122,7 +122,7 @@ def probe_command(config: SftConfig, steps: int, seeds: int, recipes: Sequence[s
     verdicts = probe(config, steps, seeds, recipes, report)
     console.close()
     if as_json:
-        print(json.dumps({"steps": steps, "seeds": seeds, "recipes": [asdict(one) for one in verdicts]}, indent=1))
+        _print_json({"steps": steps, "seeds": seeds, "recipes": [asdict(one) for one in verdicts]})
     else:
         print(_table(("recipe", "loss gap", "bound", "seed band", "gradient cosine", "log-prob drift", "largest", "ratio drift",
                       "verdict"), map(_verdict_row, verdicts)))  # fmt: skip
@@ -170,9 +170,14 @@ def _numbers_apart(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _print_json(outcome: Any) -> None:
+    print(json.dumps(_finite(outcome), indent=1))
+
+
+def _finite(value: Any) -> Any:
     """JSON has no infinity."""
-    return {
-        key: _plain(value) if isinstance(value, dict) else None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -130,8 +130,10 @@ class Watch:
         self.amax_before[operand] = torch.maximum(self.amax_before.get(operand, largest), largest)
 
     def worst(self, recipe: str, operand: Operand) -> tuple[Gemm, Loss] | None:
-        seen = [(gemm, loss) for gemm in PRODUCTS[operand] if (loss := self.losses.get((recipe, operand, gemm)))]
-        used = [pair for pair in seen if pair[0] not in self.kept]
+        seen: list[tuple[Gemm, Loss]] = [
+            (gemm, loss) for gemm in PRODUCTS[operand] if (loss := self.losses.get((recipe, operand, gemm)))
+        ]
+        used: list[tuple[Gemm, Loss]] = [pair for pair in seen if pair[0] not in self.kept]
         return min(used, key=lambda pair: pair[1].sqnr, default=None)
 
 

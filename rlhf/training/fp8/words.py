@@ -22,7 +22,7 @@ rlhf fp8 probe [--config sft] --model MODEL --data FILE [--steps N] [--seeds N] 
                [--json]
 
   plan      which layers would run in FP8, and why the others would not; reads config.json, no weights
-  inspect   per layer and operand: largest magnitude, scale, what becomes zero, what is cut off, SQNR, cosine; under every recipe
+  inspect   per layer and operand: largest magnitude, scale, what becomes 0, what is cut off, SQNR, cosine; for all recipes
   probe     short SFT runs with FP8 and without, same weights and batches, compared with the spread of seeds; exit 1 where a
             recipe's loss is further off than 0.2% and twice that spread
   bisect    the layers, and which of their products, that carry the error: a list for --fp8.keep
