@@ -27,6 +27,8 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
   ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
+  generate MODEL   replies to the prompts of a file        rlhf generate runs/ppo --data prompts.jsonl --output FILE
+  eval MODEL       loss, or accuracy, on held-out rows     rlhf eval runs/sft --data chats.jsonl --precision both
   show RUN         what a run was made from                rlhf show runs/ppo
   convert SRC DST  a checkpoint into another format        rlhf convert megatron/ model/ --to hf --verify
   vocab expand     new pieces for tokenizer and model      rlhf vocab expand MODEL DST --tokens FILE
@@ -92,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "generate": _generate,
+        "eval": _eval,
         "show": _show,
         "convert": _convert,
         "vocab": _vocab,
@@ -166,6 +170,26 @@ def _stage_flags(words: list[str]) -> dict[str, dict[str, str]]:
             raise UsageError(f"{word}: give a value after it")
         flags.setdefault(stage, {})[dotted] = value
     return flags
+
+
+def _generate(argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+
+    invocation = parse("generate", argv)  # before the seconds that importing torch takes
+
+    from rlhf.training.generate_command import generate
+
+    return generate(invocation)
+
+
+def _eval(argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+
+    invocation = parse("eval", argv)
+
+    from rlhf.training.evaluate_command import evaluate
+
+    return evaluate(invocation)
 
 
 def _show(argv: list[str]) -> int:

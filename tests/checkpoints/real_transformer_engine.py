@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import sys
 
-from without_cuda import without_cuda
+from without_gpu import without_kernels
 
 HIDDEN, MLP, HEADS, GROUPS = map(int, sys.argv[1:5])
 
 
 def main() -> None:
-    without_cuda()
+    without_kernels()
     import transformer_engine.pytorch as engine
 
     layer = engine.TransformerLayer(

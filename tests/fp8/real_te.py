@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from without_cuda import without_cuda
+from without_gpu import without_kernels
 
-without_cuda()
+without_kernels()
 torch.version.cuda = "12.9"
 
 import transformer_engine.pytorch as engine  # noqa: E402
 from transformer_engine.common import recipe as recipes  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 
-from rlhf.config.schema import Fp8  # noqa: E402
+from rlhf.config.sections import Fp8  # noqa: E402
 from rlhf.errors import ConfigError  # noqa: E402
 from rlhf.fp8.apply import apply, described, undo  # noqa: E402
 from rlhf.fp8.backends import open_backend, te  # noqa: E402

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.fp8.apply import apply, described, undo
 from rlhf.fp8.backends import open_backend, reference, torchao
 from rlhf.fp8.recipes import recipe_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config.schema import Fp8
+from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
 from rlhf.fp8.backends import BACKENDS, open_backend, te, torchao
 from rlhf.fp8.recipes import recipe_of

@@ -7,11 +7,13 @@ torch.compile to be fast, and rowwise products come out as bfloat16, whatever `p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlhf.errors import ConfigError
 from rlhf.fp8.recipes import Gemm, Recipe
@@ -55,9 +57,7 @@ def layer(linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) ->
             f"fp8.keep: {', '.join(sorted(kept))} in high precision: backend torchao can leave out wgrad only. "
             "Keep whole layers, or choose backend reference"
         )
-    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
-
-    made = Float8Linear.from_float(linear, float8_config(recipe, kept))
+    made = _layer_class().from_float(linear, float8_config(recipe, kept))
     made.train(linear.training)
     made.is_fp8, made.recipe, made.high_precision = True, recipe, kept
     made.backend = name
@@ -65,6 +65,19 @@ def layer(linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) ->
         made.backend = f"{name} (emulated: no GPU)"
         made.register_forward_pre_hook(_autocast)
     return made
+
+
+@cache
+def _layer_class() -> Any:
+    from torchao.float8.float8_linear import Float8Linear  # pyright: ignore[reportMissingImports]
+
+    class SwitchedLinear(Float8Linear):
+        enabled = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.enabled else F.linear(x, self.weight, self.bias)
+
+    return SwitchedLinear
 
 
 def _autocast(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
