@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import SftConfig
-from rlhf.config.sections import Fp8
 from rlhf.data.collate import TokenBatch, sft_batch
 from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import chunks
@@ -94,4 +93,4 @@ def read_rows(subject: Subject, path: str) -> list[SftExample]:
 
 
 def with_fp8(config: SftConfig, **changes: object) -> SftConfig:
-    return config.model_copy(update={"fp8": Fp8.model_validate(config.fp8.model_dump() | changes)})
+    return config.model_copy(update={"fp8": config.fp8.model_copy(update=changes)})
