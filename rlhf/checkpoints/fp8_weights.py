@@ -59,6 +59,8 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
         if key.endswith(SCALE):
             if key.removesuffix(SCALE) not in tensors:
                 raise DataError(f"{stored.origins[0]}: the weight it belongs to is missing")
+            if (other := tensors[key.removesuffix(SCALE)].dtype) != torch.float8_e4m3fn:
+                raise DataError(f"{stored.origins[0]}: factors of a weight in {other}, expected torch.float8_e4m3fn")
         elif stored.dtype == torch.float8_e4m3fn:
             if key + SCALE not in tensors:
                 raise DataError(f"{stored.origins[0]}: is FP8, and {key}{SCALE} is missing")
@@ -75,13 +77,21 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
 def plan_fp8(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_bytes: int) -> tuple[Target, dict[str, Any]]:
     """The matrices inside the layers as E4M3 with block factors; embeddings, head, norms and routers stay as they are."""
     entries: dict[str, Stored] = {}
+    kept: list[str] = []
     for key, stored in tensors.items():
         if IN_FP8.search(key) and not KEPT.search(key) and len(stored.shape) == 2:
             entries[key] = derived([stored], lambda parts: quantised(parts[0])[0], "codes of each block")
             entries[key + SCALE] = derived([stored], lambda parts: quantised(parts[0])[1], "factors of each block")
         else:
             entries[key] = stored
-    about = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+            kept += [key.removesuffix(".weight")] if key.endswith(".weight") and len(stored.shape) == 2 else []
+    about = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": kept,
+    }
     return lay_out_as_named(entries, "Hugging Face, FP8 in blocks", shard_bytes), {**config, "quantization_config": about}
 
 
