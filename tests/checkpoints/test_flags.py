@@ -98,3 +98,20 @@ def test_a_source_that_is_no_model(llama, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"neither Megatron .* nor Hugging Face \(config\.json\)"):
         plan(Request(tmp_path / "empty", tmp_path / "out", "hf"))
+
+
+def test_what_is_carried_along(llama, tmp_path) -> None:
+    source = tmp_path / "hf"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (source / name).write_bytes((llama / name).read_bytes())
+    for name in ("qwen.tiktoken", "ice_text.model", "modeling_own.py"):
+        (source / name).write_text(name)
+    write(plan(Request(source, tmp_path / "out", "megatron")))
+    assert {file.name for file in (tmp_path / "out").iterdir() if file.is_file()} == {
+        "config.json",
+        "conversion.json",
+        "ice_text.model",
+        "latest_checkpointed_iteration.txt",
+        "qwen.tiktoken",
+    }
