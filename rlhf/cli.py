@@ -228,6 +228,8 @@ def _convert(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.reference and not given.verify:
         raise UsageError("--reference: only --verify compares with it; give both")
+    if not 1e-9 <= given.shard_gb < 1e9:
+        raise UsageError("--shard-gb: expected a number above 0")
 
     from rlhf.checkpoints.command import convert
     from rlhf.checkpoints.convert import Request

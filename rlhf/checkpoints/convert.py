@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from rlhf.checkpoints.operations import concatenated
 from rlhf.checkpoints.plan import Check, Target
 from rlhf.checkpoints.sizes import Grid, Sizes
 from rlhf.checkpoints.stored import Checkpoint, Stored, derived
-from rlhf.errors import DataError
+from rlhf.errors import DataError, UsageError
 
 To = Literal["hf", "megatron", "te", "bf16", "fp8"]
 
@@ -65,13 +66,13 @@ def plan(request: Request) -> Conversion:
         DataError: the source is not what it should be; the message names the tensor or the file.
         UsageError: what is asked for does not fit the model.
     """
-    if not request.source.exists():
-        raise DataError(f"{request.source}: no such directory")
+    _source_is_a_model(request.source)
+    of_megatron = is_megatron(request.source)
+    _flags_have_a_meaning(request, of_megatron)
     if request.to in ("bf16", "fp8"):
         return _plan_precision(request)
     if is_torch_dist(request.source) and (heap := torch_dist.read_heap(request.source)) and not _is_megatrons(heap):
         return _plan_merge(request, heap)
-    of_megatron = is_megatron(request.source)
     config_home = _config_home(request, of_megatron)
     config = read_config(config_home) if config_home else {}
     family = (
@@ -92,9 +93,13 @@ def plan(request: Request) -> Conversion:
     agreement.agree(source, family, config, str(request.source))
     seen = sizes.measured(source.tensors, heads)
     told = {**sizes.of_args(source.args), **(sizes.of_config(family, config) if config else {})}
+    if request.rotary_base and "rotary_base" not in family.sizes:
+        raise UsageError(f"--rotary-base: a {family.name} model has none")
     if request.rotary_base:
         told["rotary_base"] = request.rotary_base
     warnings = list(source.warnings)
+    if family.mapping_only:
+        warnings.append(f"{family.name}: tensor mapping only, --verify cannot prove it: {family.mapping_only}")
     if config:
         warnings += sizes.overridden(source.args, sizes.of_config(family, config), family, request.rotary_base is not None)
         sizes.agree(seen, told, family, str((config_home or request.source) / CONFIG))
@@ -112,14 +117,50 @@ def plan(request: Request) -> Conversion:
             said |= agreement.as_config(family, tensors)
             config = sizes.config_json(family, known, dtype, said)
             warnings.append(f"config.json is made from the tensors and Megatron's args; family {family.name}")
-        if request.rotary_base:
-            config = sizes.with_rotary_base(family, config, request.rotary_base)
-    else:
+    if request.rotary_base and config:
+        config = sizes.with_rotary_base(family, config, request.rotary_base)
+    if request.to != "hf":
         target = _megatron_target(request, tensors, source, family, known, dtype, config)
         warnings += computed.not_as_args(config, family)
     target.texts[CONFIG] = json.dumps(config, indent=2) + "\n" if config else ""
     carried = _carried(config_home or request.source)
     return Conversion(request, source, target, checks, family, config, carried, warnings)
+
+
+def _source_is_a_model(source: Path) -> None:
+    if not source.exists():
+        raise DataError(f"{source}: no such directory")
+    if not source.is_dir():
+        raise DataError(f"{source}: a file; SRC is the directory of a model, here perhaps {source.parent}")
+    if not is_megatron(source) and not (source / CONFIG).is_file():
+        raise DataError(
+            f"{source}: neither Megatron (latest_checkpointed_iteration.txt, mp_rank_*, .metadata) nor Hugging Face ({CONFIG})"
+        )
+
+
+def _flags_have_a_meaning(request: Request, of_megatron: bool) -> None:
+    """No flag is passed over in silence.
+
+    Raises:
+        UsageError: a value that is no size, or a flag that has no effect beside the others.
+    """
+    for flag, number in (("--rotary-base", request.rotary_base), ("--shard-gb", request.shard_bytes)):
+        if number is not None and not 0 < number < math.inf:
+            raise UsageError(f"{flag}: expected a number above 0")
+    spread = request.grid != Grid() or request.layout != "torch"
+    own_names = request.names != Request.names
+    of_precision = request.to in ("bf16", "fp8")
+    about_the_model = request.family or request.config or request.rotary_base
+    for flag, idle, why in (
+        ("--tp, --pp, --vpp, --ep and --layout", spread and request.to not in ("megatron", "te"), f"--to {request.to}"),
+        ("--names", own_names and request.to != "megatron", f"--to {request.to}"),
+        ("--layout torch_dist", request.layout == "torch_dist" and request.to == "te", "--to te"),
+        (f"--names {request.names}", own_names and request.names == "legacy" and request.layout == "torch_dist", "torch_dist"),
+        ("--contiguous-gate", request.contiguous_gate and not of_megatron, "a source that is not Megatron's"),
+        ("--family, --config and --rotary-base", bool(about_the_model) and of_precision, f"--to {request.to}"),
+    ):
+        if idle:
+            raise UsageError(f"{flag}: has no meaning with {why}")
 
 
 def _is_megatrons(heap: Heap) -> bool:
@@ -129,7 +170,7 @@ def _is_megatrons(heap: Heap) -> bool:
 
 def _plan_merge(request: Request, heap: Heap) -> Conversion:
     """A Hugging Face model that FSDP saved in shards (SHARDED_STATE_DICT), as one directory."""
-    home = request.config
+    home = _config_home(request, of_megatron=False) if request.config else None
     if request.to != "hf" or home is None:
         raise DataError(
             f"{request.source}: sharded weights of a training run; they become a model with --to hf and --config, the Hugging "
@@ -158,7 +199,10 @@ def _plan_merge(request: Request, heap: Heap) -> Conversion:
 def _config_home(request: Request, of_megatron: bool) -> Path | None:
     """Where the model's config.json is: as told, in the source, or (carried along by a converter) beside its iterations."""
     if request.config:
-        return request.config if request.config.is_dir() else request.config.parent
+        home = request.config.parent if request.config.name == CONFIG else request.config
+        if not (home / CONFIG).is_file():
+            raise DataError(f"--config {request.config}: expected a directory with a {CONFIG}, or that file")
+        return home
     if not of_megatron:
         return request.source
     return next((place for place in (request.source, request.source.parent) if (place / CONFIG).is_file()), None)

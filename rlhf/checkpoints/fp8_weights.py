@@ -69,6 +69,8 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
         if key.endswith(SCALE):
             if key.removesuffix(SCALE) not in tensors:
                 raise DataError(f"{stored.origins[0]}: the weight it belongs to is missing")
+            if (other := tensors[key.removesuffix(SCALE)].dtype) != torch.float8_e4m3fn:
+                raise DataError(f"{stored.origins[0]}: factors of a weight in {other}, expected torch.float8_e4m3fn")
         elif stored.dtype == torch.float8_e4m3fn:
             if key + SCALE not in tensors:
                 raise DataError(f"{stored.origins[0]}: is FP8, and {key}{SCALE} is missing")

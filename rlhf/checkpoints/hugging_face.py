@@ -35,6 +35,8 @@ CARRIED = (
     "chat_template.*",
     "spiece.model",
     "sentencepiece*",
+    "*.tiktoken",
+    "ice_text.model",
 )
 """What stands beside the weights and goes along with them."""
 

@@ -117,6 +117,27 @@ def test_half_of_a_pair_is_refused(tmp_path: Path, drop: str, message: str) -> N
         plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
 
 
+def test_factors_of_a_weight_in_another_format_are_refused(tmp_path: Path) -> None:
+    build("llama", tmp_path / "hf")
+    write(plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")))
+    file = tmp_path / "fp8" / "model.safetensors"
+    assert plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
+    for other in (torch.float8_e5m2, torch.bfloat16):
+        tensors = load_file(file)
+        key = "model.layers.1.self_attn.q_proj.weight"
+        save_file(tensors | {key: tensors[key].float().to(other)}, file)
+        with pytest.raises(DataError, match=rf"q_proj\.weight_scale_inv: factors of a weight in {other}"):
+            plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
+
+
+def test_what_stays_as_it_is_is_listed(tmp_path: Path) -> None:
+    build("qwen2_moe", tmp_path / "hf")
+    config = plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")).config
+    kept = {"model.embed_tokens", "lm_head"}
+    kept |= {f"model.layers.{layer}.mlp.{gate}" for layer in range(4) for gate in ("gate", "shared_expert_gate")}
+    assert set(config["quantization_config"]["modules_to_not_convert"]) == kept
+
+
 def test_nothing_in_fp8_is_said(tmp_path: Path) -> None:
     build("llama", tmp_path / "hf")
     with pytest.raises(DataError, match="there is nothing to do"):

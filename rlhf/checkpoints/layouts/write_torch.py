@@ -94,7 +94,10 @@ def _place(
     for written, split, how, shared in splits:
         key = _key(fill(written, values), virtual, grid, style)
         places = [_file((t, pipeline, e), grid) for e in expert_ranks for t in range(grid.tensor)]
-        shapes = parts_of(stored, split)
+        try:
+            shapes = parts_of(stored, split)
+        except RuntimeError as error:
+            raise UsageError(f"--tp {grid.tensor}: {ours} {list(stored.shape)}: {error}") from error
         for index, place in enumerate(places):
             shape = shapes[0] if shared else shapes[index % grid.tensor]
             target.files[place].entries[key] = Entry(shape, stored.dtype)
