@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import types
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ def open_pt(path: Path) -> dict[str, Any]:
         DataError: it is no .pt file, is cut short, or holds something outside the allow list (the message names it).
     """
     try:
+        _stored_as_it_is(path)
         with torch.serialization.safe_globals(ALLOWED):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -91,6 +93,7 @@ def open_tensor(path: Path, offset: int, length: int) -> Tensor:
                 raise DataError(f"{path}: ends at byte {end}, expected at least {offset + length}; is it complete?")
             stream.seek(offset)
             saved = stream.read(length)
+        _stored_as_it_is(io.BytesIO(saved))
         tensor = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
@@ -98,7 +101,20 @@ def open_tensor(path: Path, offset: int, length: int) -> Tensor:
         raise DataError(f"{path}: no readable tensor at byte {offset}: {str(error).splitlines()[0]}") from error
     if not isinstance(tensor, Tensor):
         raise DataError(f"{path}: holds a {type(tensor).__name__} at byte {offset}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise DataError(f"{path}: the tensor at byte {offset} says it is larger than what is stored of it")
     return tensor
+
+
+def _stored_as_it_is(archive: Path | io.BytesIO) -> None:
+    """torch.save compresses nothing; a small file that grows without end when it is opened was written by something else."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            packed = next((item.filename for item in opened.infolist() if item.compress_type != zipfile.ZIP_STORED), None)
+    except zipfile.BadZipFile:
+        return  # torch says it better
+    if packed:
+        raise ValueError(f"{packed} in it is compressed, which torch.save never does")
 
 
 METADATA_CLASSES = {

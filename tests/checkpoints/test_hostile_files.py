@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,21 @@ def with_content(root: Path, change: dict) -> None:
     torch.save(content, pt(root))
 
 
+def with_tensor(root: Path, tensor: torch.Tensor) -> None:
+    content = torch.load(pt(root), weights_only=False)
+    content["model"]["embedding.word_embeddings.weight"] = tensor
+    torch.save(content, pt(root))
+
+
+def compressed(file: Path) -> None:
+    torch.save(torch.load(file, weights_only=False), file)
+    with zipfile.ZipFile(file) as opened:
+        items = {item.filename: opened.read(item) for item in opened.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in items.items():
+            packed.writestr(name, content)
+
+
 def patched(file: Path, begin: int, content: bytes) -> None:
     with file.open("r+b") as stream:
         stream.seek(begin)
@@ -166,6 +182,18 @@ CASES = {
         lambda root: (root / "latest_checkpointed_iteration.txt").write_text("9" * 5000),
         "expected the number of an iteration",
     ),
+    "pt says a number is a matrix": (
+        "torch",
+        lambda root: with_tensor(root, torch.zeros(1).expand(1 << 30, 64)),
+        r"would be 274,877,906,944 bytes, the file holds 4 of it",
+    ),
+    "pt holds a sparse tensor": ("torch", lambda root: with_tensor(root, torch.eye(4).to_sparse()), "torch.sparse_coo"),
+    "pt holds complex numbers": (
+        "torch",
+        lambda root: with_tensor(root, torch.zeros(4, 4, dtype=torch.complex64)),
+        "complex64; expected a dense tensor",
+    ),
+    "pt is compressed": ("torch", lambda root: compressed(pt(root)), "data.pkl in it is compressed"),
     "pt is empty": ("torch", lambda root: pt(root).write_bytes(b""), "model_optim_rng.pt"),
     "pt is text": ("torch", lambda root: pt(root).write_text("hello"), "model_optim_rng.pt"),
     "pt is cut short": ("torch", lambda root: os.truncate(pt(root), pt(root).stat().st_size // 2), "is it complete"),
