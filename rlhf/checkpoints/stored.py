@@ -17,10 +17,10 @@ from torch import Tensor
 from rlhf.checkpoints.operations import Heads
 from rlhf.errors import DataError
 
-DTYPES = frozenset(
-    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-    + (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-)
+DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 """What files of weights hold."""
 
 
