@@ -34,7 +34,7 @@ def iteration_directory(path: Path) -> Path:
     if not tracker.is_file():
         return path
     text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
+    if text != "release" and not (text.isascii() and text.isdigit() and len(text) < 19):
         raise DataError(f"{tracker}: says {text[:40]!r}, expected the number of an iteration or `release`")
     directory = path / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not directory.is_dir():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.checkpoints import names
 from rlhf.checkpoints.collect import Group, Table, collect, complete, in_order
-from rlhf.checkpoints.families import of_config
+from rlhf.checkpoints.families import families, of_config
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads, Operation
 from rlhf.checkpoints.pickles import open_pt
@@ -25,6 +25,11 @@ from rlhf.errors import DataError
 CONFIG = "config.json"
 SHARD_BYTES = 5 * 10**9
 """As transformers' save_pretrained."""
+WHOLE_NUMBERS = (
+    *("layers", "hidden", "heads", "groups", "head_width", "mlp", "vocabulary", "positions"),
+    *("experts", "active_experts", "expert_mlp", "shared_mlp"),
+)
+"""Sizes (Family.sizes) that are counts."""
 CARRIED = (
     "tokenizer*",
     "vocab.*",
@@ -56,6 +61,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise DataError(f"{file}: holds a {type(found).__name__}, expected an object")
     # transformers 5 keeps rope_theta in a section; one place to look is enough for the rest of us.
     section = found.get("rope_parameters") or {}
+    if not isinstance(section, dict):
+        raise DataError(f"{file}: rope_parameters is a {type(section).__name__}, expected an object")
+    keys = {family.sizes[name] for family in families().values() for name in WHOLE_NUMBERS if name in family.sizes}
+    for key in sorted(keys & set(found)):
+        if found[key] is not None and (type(found[key]) is not int or not 0 <= found[key] < 1 << 40):
+            raise DataError(f"{file}: {key} is {found[key]!r:.40}, expected a whole number")
     return {**{key: section[key] for key in ("rope_theta", "partial_rotary_factor") if key in section}, **found}
 
 

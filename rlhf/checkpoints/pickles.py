@@ -7,26 +7,20 @@ torch's weights-only unpickler builds tensors and what is on its allow list; Meg
 from __future__ import annotations
 
 import argparse
-import codecs
 import io
 import os
 import pickle
 import re
-import signal
 import types
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct  # numpy random states: a list of plain numbers behind this name
 from torch import Tensor
 
 from rlhf.errors import DataError
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
 
 STAND_INS = (
     "megatron.core.transformer.enums.AttnBackend",
@@ -36,8 +30,17 @@ STAND_INS = (
     "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "signal.Signals",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
 )
-"""Classes found in `args` and beside it, by the versions of Megatron-LM from 0.12 to 0.16."""
+"""What is named in `args` and beside it, by the versions of Megatron-LM from 0.12 to 0.16: none of it is of use.
+
+numpy's are the random states; an array of Python objects made of bytes would be pointers of the file's choice.
+"""
 
 
 class _StandIn:
@@ -46,17 +49,13 @@ class _StandIn:
     def __new__(cls, *arguments: object) -> _StandIn:
         return object.__new__(cls)
 
+    def __setstate__(self, state: object) -> None:
+        pass
+
 
 ALLOWED: list[Any] = [
     argparse.Namespace,
     types.SimpleNamespace,
-    signal.Signals,
-    _reconstruct,
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),  # numpy 1 writes this name
-    np.ndarray,
-    np.dtype,
-    np.dtypes.UInt32DType,
-    codecs.encode,
     *((type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in STAND_INS),
 ]
 
@@ -68,6 +67,7 @@ def open_pt(path: Path) -> dict[str, Any]:
         DataError: it is no .pt file, is cut short, or holds something outside the allow list (the message names it).
     """
     try:
+        _stored_as_it_is(path)
         with torch.serialization.safe_globals(ALLOWED):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -88,10 +88,12 @@ def open_tensor(path: Path, offset: int, length: int) -> Tensor:
     """
     try:
         with path.open("rb") as stream:
+            end = os.fstat(stream.fileno()).st_size
+            if end < offset + length:
+                raise DataError(f"{path}: ends at byte {end}, expected at least {offset + length}; is it complete?")
             stream.seek(offset)
             saved = stream.read(length)
-        if len(saved) < length:
-            raise DataError(f"{path}: ends at byte {offset + len(saved)}, expected at least {offset + length}; is it complete?")
+        _stored_as_it_is(io.BytesIO(saved))
         tensor = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
@@ -99,7 +101,20 @@ def open_tensor(path: Path, offset: int, length: int) -> Tensor:
         raise DataError(f"{path}: no readable tensor at byte {offset}: {str(error).splitlines()[0]}") from error
     if not isinstance(tensor, Tensor):
         raise DataError(f"{path}: holds a {type(tensor).__name__} at byte {offset}, expected a tensor")
+    if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise DataError(f"{path}: the tensor at byte {offset} says it is larger than what is stored of it")
     return tensor
+
+
+def _stored_as_it_is(archive: Path | io.BytesIO) -> None:
+    """torch.save compresses nothing; a small file that grows without end when it is opened was written by something else."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            packed = next((item.filename for item in opened.infolist() if item.compress_type != zipfile.ZIP_STORED), None)
+    except zipfile.BadZipFile:
+        return  # torch says it better
+    if packed:
+        raise ValueError(f"{packed} in it is compressed, which torch.save never does")
 
 
 METADATA_CLASSES = {
@@ -109,39 +124,65 @@ METADATA_CLASSES = {
     ),
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
-    "torch": "Size float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool",
     "torch.serialization": "_get_layout",
-    "collections": "OrderedDict",
     "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
 }
-"""What a .metadata file of torch.distributed.checkpoint may name (torch 2.4 to 2.13)."""
+"""What a .metadata file of torch.distributed.checkpoint may name (torch 2.4 to 2.13); each is a `Record` to us."""
+DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
+PLAIN_TYPES: dict[tuple[str, str], type] = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict}
+
+
+class _Sealed(type):
+    """A class that a file cannot change: pickle's BUILD sets attributes on whatever lies on its stack, classes included."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise pickle.UnpicklingError(f"it changes the class {cls.__name__}")
+
+
+class Record(metaclass=_Sealed):
+    """Takes the place of an object of a .metadata file: the name of its class, and its state as it was pickled."""
+
+    state: Any = None
+
+    def __new__(cls, *arguments: object) -> Record:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+RECORDS = {(module, name): _Sealed(name, (Record,), {}) for module, known in METADATA_CLASSES.items() for name in known.split()}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Hands out `Record`s, dtypes, and two built-in types, which cannot be changed: no class of anybody's, no function."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if name not in METADATA_CLASSES.get(module, "").split():
+        if module == "torch" and name in DTYPES.split():
+            return getattr(torch, name)
+        found = RECORDS.get((module, name)) or PLAIN_TYPES.get((module, name))
+        if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return super().find_class(module, name)
+        return found
 
 
-def open_metadata(path: Path) -> Metadata:
-    """What torch.distributed.checkpoint wrote about a directory of .distcp files.
+def open_metadata(path: Path) -> Any:
+    """What torch.distributed.checkpoint pickled about a directory of .distcp files; layouts/metadata.py says what it must be.
 
     Raises:
-        DataError: the file is missing, cut short, names a class that has no place in it, or is something else.
+        DataError: the file is missing, cut short, or names a class that has no place in it.
     """
-    from torch.distributed.checkpoint.metadata import Metadata  # half a second to import, for this format alone
-
     try:
         with path.open("rb") as stream:
-            found = _MetadataUnpickler(stream).load()
-        if not isinstance(found, Metadata) or found.storage_data is None:
-            raise TypeError("it is something else")
+            return _MetadataUnpickler(stream).load()
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, MemoryError) as error:
+    except (
+        *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError),
+        *(IndexError, ImportError, MemoryError, OverflowError, RecursionError, RuntimeError),
+    ) as error:
         raise DataError(f"{path}: not the metadata of a distributed checkpoint: {str(error) or 'it ends early'}") from error
-    return found
 
 
 class Piece(NamedTuple):
@@ -161,7 +202,7 @@ class Piece(NamedTuple):
 
 
 def write_metadata(path: Path, pieces: Iterable[Piece]) -> None:
-    """What `open_metadata` and torch.distributed.checkpoint read."""
+    """What layouts/metadata.py and torch.distributed.checkpoint read."""
     from torch.distributed.checkpoint import filesystem, metadata
 
     tensors: dict[str, Any] = {}
@@ -187,4 +228,6 @@ def _forbidden(message: str) -> str:
     named = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? (?:was|is) not an allowed", message)
     if named:
         return f"it wants {named[1] or named[2]}, which no checkpoint of a known tool needs"
-    return message.split("\n")[0]
+    if message.startswith("it changes"):
+        return f"{message}, which no checkpoint of a known tool does"
+    return "it is no pickle of plain values and tensors; is it complete, and written by a known tool?"

@@ -17,6 +17,12 @@ from torch import Tensor
 from rlhf.checkpoints.operations import Heads
 from rlhf.errors import DataError
 
+DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+"""What files of weights hold."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -58,17 +64,33 @@ class Checkpoint:
 
 
 def whole(tensor: Tensor, origin: str) -> Stored:
-    """A tensor as it lies in a (mapped) file."""
+    """A tensor as it lies in a (mapped) file.
+
+    Raises:
+        DataError: it is of a kind that no model has, or says it is larger than what is stored of it.
+    """
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        raise DataError(f"{origin}: is {tensor.layout} {tensor.dtype}; expected a dense tensor of a type that weights have")
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+        stored = tensor.untyped_storage().nbytes()
+        raise DataError(f"{origin}: {tuple(tensor.shape)} would be {tensor.nbytes:,} bytes, the file holds {stored:,} of it")
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, (origin,))
 
 
-def derived(parts: Sequence[Stored], function: Callable[[list[Tensor]], Tensor], how: str) -> Stored:
+def derived(
+    parts: Sequence[Stored], function: Callable[[list[Tensor]], Tensor], how: str, of_several_types: bool = False
+) -> Stored:
     """One tensor made from several.
 
     Raises:
-        DataError: the function cannot take tensors of these shapes.
+        DataError: the function cannot take tensors of these shapes, or they are not of one type (unless `of_several_types`).
     """
     origins = tuple(origin for part in parts for origin in part.origins)
+    other = next((part for part in parts if part.dtype != parts[0].dtype), None)
+    if other is not None and not of_several_types:
+        raise DataError(
+            f"{other.origins[0]}: is {other.dtype}, but {origins[0]} is {parts[0].dtype}; to {how} they must be of one type"
+        )
     try:
         blank = function([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])
     except (RuntimeError, ZeroDivisionError) as error:

@@ -89,8 +89,9 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
 
 def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:
     whole = step.source.read()
-    if tuple(whole.shape) != step.source.shape:
-        raise DataError(f"{step.source.origins[0]}: is {tuple(whole.shape)}, planned as {step.source.shape}")
+    found, planned = (tuple(whole.shape), whole.dtype), (step.source.shape, step.source.dtype)
+    if found != planned:
+        raise DataError(f"{step.source.origins[0]}: is {found[0]} {found[1]}, planned as {planned[0]} {planned[1]}")
     for part, (file, key) in zip(step.split(whole), step.targets, strict=True):
         yield part, file, key
 

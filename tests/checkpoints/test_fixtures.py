@@ -102,11 +102,11 @@ def test_the_same_tensors_as_pai_for_transformer_engine(tmp_path: Path) -> None:
 
 def test_the_same_metadata_as_megatron(tmp_path: Path) -> None:
     """The torch_dist files name the tensors, and their whole sizes, that Megatron's own do."""
-    from rlhf.checkpoints.pickles import open_metadata
+    from rlhf.checkpoints.layouts.metadata import read_metadata
 
     home = FIXTURES / "llama_gqa_mlm0161_torchdist_tp1"
     write(plan(Request(home / "hf", tmp_path / "m", "megatron", layout="torch_dist")))
-    ours = open_metadata(tmp_path / "m" / "iter_0000000" / ".metadata").state_dict_metadata
-    theirs = open_metadata(home / "megatron" / "iter_0000010" / ".metadata").state_dict_metadata
+    ours = read_metadata(tmp_path / "m" / "iter_0000000" / ".metadata").tensors
+    theirs = read_metadata(home / "megatron" / "iter_0000010" / ".metadata").tensors
     sizes = {key: tuple(getattr(about, "size", ())) for key, about in theirs.items() if not key.startswith("rng_state")}
     assert {key: tuple(getattr(about, "size", ())) for key, about in ours.items()} == sizes

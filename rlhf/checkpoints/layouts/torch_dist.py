@@ -18,23 +18,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from rlhf.checkpoints import names
-from rlhf.checkpoints.layouts.heap import Heap
+from rlhf.checkpoints.layouts.heap import Heap, args_of
+from rlhf.checkpoints.layouts.metadata import Index, Place, Whole, read_metadata
 from rlhf.checkpoints.names import NO_WEIGHTS, modern
-from rlhf.checkpoints.pickles import open_metadata, open_pt, open_tensor
+from rlhf.checkpoints.pickles import open_pt, open_tensor
 from rlhf.checkpoints.plan import Entry, Step, Target, TargetFile
 from rlhf.checkpoints.stored import Stored
 from rlhf.checkpoints.templates import fill
 from rlhf.errors import DataError
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 METADATA, COMMON = ".metadata", "common.pt"
 ITERATION = "iter_0000000"
@@ -53,23 +49,23 @@ def read_heap(directory: Path) -> Heap:
     Raises:
         DataError: a file is missing, cut short or holds what it should not.
     """
-    metadata = open_metadata(directory / METADATA)
+    metadata = read_metadata(directory / METADATA)
     common = open_pt(directory / COMMON) if (directory / COMMON).is_file() else {}
-    args = dict(vars(common["args"])) if common.get("args") is not None else {}
-    pieces: dict[str, dict[tuple[int, ...], _StorageInfo]] = {}
-    for index, place in metadata.storage_data.items():
-        pieces.setdefault(index.fqn, {})[tuple(index.offset or ())] = place
+    args = args_of(common, directory / COMMON)
     tensors: dict[str, tuple[Stored, ...]] = {}
     skipped = []
-    for key, about in metadata.state_dict_metadata.items():
+    files: set[str] = set()
+    for key, about in metadata.tensors.items():
         name = re.sub(r"/shard_[\d._]+$", "", modern(key.removeprefix("model.")))
-        if NOT_THE_MODEL.match(key) or NO_WEIGHTS.search(name) or not hasattr(about, "chunks"):
+        if NOT_THE_MODEL.match(key) or NO_WEIGHTS.search(name) or about is None:
             skipped.append(f"{re.sub(r'/shard_.*', '', key)}: no weights of the model")
             continue
-        tensor = _Global(directory, key, cast("TensorStorageMetadata", about), pieces.get(key, {}))
+        if sum(math.prod(shape) for _, shape in about.chunks) != math.prod(about.size):
+            raise DataError(f"{directory / METADATA}: {key}: its pieces do not add up to the whole, {list(about.size)}")
+        tensor = _Global(directory, key, about, metadata.places.get(key, {}))
+        files.update(place.file for place in tensor.pieces.values())
         for single, stored in _one_by_one(name, key, tensor):
             tensors[single] = (stored,)
-    files = sorted({place.relative_path for place in metadata.storage_data.values()})
     return Heap(
         place=str(directory),
         format="Megatron, format torch_dist",
@@ -79,7 +75,7 @@ def read_heap(directory: Path) -> Heap:
         tensor_parallel=1,
         foreign=not isinstance(common.get("args"), argparse.Namespace),
         skipped=tuple(dict.fromkeys(skipped)),
-        files=tuple(str(directory / name) for name in (METADATA, *([COMMON] if common else []), *files)),
+        files=tuple(str(directory / name) for name in (METADATA, *([COMMON] if common else []), *sorted(files))),
     )
 
 
@@ -89,27 +85,27 @@ class _Global:
 
     directory: Path
     key: str
-    about: TensorStorageMetadata
-    pieces: Mapping[tuple[int, ...], _StorageInfo]
+    about: Whole
+    pieces: Mapping[Index, Place]
 
-    def part(self, front: tuple[int, ...]) -> Stored:
+    def part(self, front: Index) -> Stored:
         """What is at these indices of the first axes: one layer's tensor, or one expert's."""
-        shape = tuple(self.about.size[len(front) :])
-        files = {place.relative_path for place in self.pieces.values()}
+        shape = self.about.size[len(front) :]
+        files = {place.file for place in self.pieces.values()}
         origin = f"{self.directory / min(files, default='')}: {self.key}{list(front) if front else ''}"
-        return Stored(shape, self.about.properties.dtype, partial(self._read, front), (origin,))
+        return Stored(shape, self.about.dtype, partial(self._read, front), (origin,))
 
-    def _read(self, front: tuple[int, ...]) -> Tensor:
-        size = tuple(self.about.size)
+    def _read(self, front: Index) -> Tensor:
+        size = self.about.size
         wanted = [(index, index + 1) for index in front] + [(0, length) for length in size[len(front) :]]
         result: Tensor | None = None
         covered = 0
-        for chunk in self.about.chunks:
-            box = [(start, start + length) for start, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for offset, shape in self.about.chunks:
+            box = [(start, start + length) for start, length in zip(offset, shape, strict=True)]
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, box, strict=True)]
             if any(low >= high for low, high in common):
                 continue
-            tensor = self._piece(tuple(chunk.offsets), tuple(chunk.sizes))
+            tensor = self._piece(offset, shape)
             tensor = tensor[
                 tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(common, box, strict=True))
             ]
@@ -117,7 +113,7 @@ class _Global:
             if common == wanted:
                 return tensor
             if result is None:
-                result = torch.empty(size[len(front) :], dtype=self.about.properties.dtype)
+                result = torch.empty(size[len(front) :], dtype=self.about.dtype)
             target = tuple(slice(*edges) for edges in common[len(front) :])
             result[target] = tensor
             covered += tensor.numel()
@@ -125,22 +121,22 @@ class _Global:
             raise DataError(f"{self.directory}: {self.key}{list(front)}: its pieces do not add up to the whole")
         return result
 
-    def _piece(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    def _piece(self, offset: Index, shape: Index) -> Tensor:
         place = self.pieces.get(offset)
         if place is None:
             raise DataError(f"{self.directory / METADATA}: {self.key}: no file for its piece at {list(offset)}")
-        file = self.directory / place.relative_path
-        if Path(place.relative_path).name != place.relative_path:
-            raise DataError(f"{self.directory / METADATA}: {self.key}: {place.relative_path!r} leads out of the directory")
-        tensor = open_tensor(file, place.offset, place.length)
-        if tuple(tensor.shape) != shape:
-            raise DataError(f"{file}: {self.key}: holds {tuple(tensor.shape)}, {METADATA} says {shape}")
+        file = self.directory / place.file
+        tensor = open_tensor(file, place.begin, place.length)
+        if (tuple(tensor.shape), tensor.dtype) != (shape, self.about.dtype):
+            raise DataError(
+                f"{file}: {self.key}: holds {tuple(tensor.shape)} {tensor.dtype}, {METADATA} says {shape} {self.about.dtype}"
+            )
         return tensor
 
 
 def _one_by_one(name: str, key: str, tensor: _Global) -> Iterator[tuple[str, Stored]]:
     """Each layer's tensor, each expert's, of one with axes for them; `decoder.layers.3.` in a key means there is no axis."""
-    size = tuple(tensor.about.size)
+    size = tensor.about.size
     experts = re.search(r"\.experts\.experts\.", name)
     stacked = re.search(r"\.layers\.(?!\d+\.)", name)
     axes = size[: bool(stacked) + bool(experts)]

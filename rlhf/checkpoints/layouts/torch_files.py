@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rlhf.checkpoints.layouts.heap import Heap
+from rlhf.checkpoints.layouts.heap import Heap, args_of, version_of
 from rlhf.checkpoints.names import NO_WEIGHTS, modern
 from rlhf.checkpoints.pickles import open_pt
 from rlhf.checkpoints.stored import Stored, alike, derived, whole
@@ -40,7 +40,7 @@ def read_heap(directory: Path) -> Heap:
     files = _files(directory)
     opened = {place: open_pt(file) for place, file in files.items()}
     first = next(iter(opened.values()))
-    args = dict(vars(first["args"])) if first.get("args") is not None else {}
+    args = args_of(first, next(iter(files.values())))
     ranks = _ranks(directory, list(files), args)
     sizes = Rank(*(1 + max(rank[axis] for rank in ranks.values()) for axis in range(3)))
     held = {rank: (files[place], opened[place]) for place, rank in ranks.items()}
@@ -57,6 +57,8 @@ def read_heap(directory: Path) -> Heap:
                     continue
                 if chunk not in content:
                     raise DataError(f"{file}: {chunk} is missing; other ranks have it")
+                if not isinstance(content[chunk], Mapping):
+                    raise DataError(f"{file}: {chunk} is a {type(content[chunk]).__name__}, expected tensors by name")
                 count, tensors = _numbered(file, content[chunk], first_layer, rank.expert, sizes.expert, args, skipped)
                 layers = max(layers, count)
                 for key, tensor in tensors:
@@ -68,7 +70,7 @@ def read_heap(directory: Path) -> Heap:
         + (f" x EP {sizes.expert}" if sizes.expert > 1 else ""),
         tensors={key: _over_ranks(key, by_rank, sizes.tensor, directory) for key, by_rank in found.items()},
         args=args,
-        version=float(first.get("checkpoint_version") or 0),
+        version=version_of(first, next(iter(files.values()))),
         tensor_parallel=sizes.tensor,
         foreign=not isinstance(first.get("args"), argparse.Namespace),
         skipped=tuple(dict.fromkeys(skipped)),
@@ -76,8 +78,8 @@ def read_heap(directory: Path) -> Heap:
     )
 
 
-def _is_weights(key: str) -> bool:
-    return re.fullmatch(r"model\d*", key) is not None
+def _is_weights(key: object) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"model\d{0,3}", key) is not None
 
 
 def _files(directory: Path) -> dict[str, Path]:
