@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from rlhf import paths
+from rlhf import digest, paths
 from rlhf.errors import DataError, OutputError, RlhfError, UsageError
 
 STAGES = ("sft", "rm", "ppo")
@@ -201,9 +202,7 @@ def _convert(argv: list[str]) -> int:
     if given.reference and not given.verify:
         raise UsageError("--reference: only --verify compares with it; give both")
 
-    from rlhf.checkpoints.command import convert
-    from rlhf.checkpoints.convert import Request
-    from rlhf.checkpoints.sizes import Grid
+    from rlhf.checkpoints.directory import weight_files
     from rlhf.models.source import resolve
 
     source = given.source
@@ -211,6 +210,15 @@ def _convert(argv: list[str]) -> int:
         source = Path(resolve(str(source)).path)
     if (source / "adapter_config.json").is_file():
         return _merge(source, given.destination, given.to)
+    if not given.dry_run:
+        digest.begin(weight_files(source))
+    # Pages of 2 MB for tensors that come and go: pages of 4 kB cost a second for 1.5 GB. Torch asks when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    from rlhf.checkpoints.command import convert  # a second or two, in which the files are hashed
+    from rlhf.checkpoints.convert import Request
+    from rlhf.checkpoints.sizes import Grid
+
     request = Request(
         source=source,
         destination=given.destination,
