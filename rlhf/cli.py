@@ -263,7 +263,7 @@ def _vocab(argv: list[str]) -> int:
         print(json.dumps(asdict(growth), indent=2))
     else:
         print(
-            f"vocab  {len(growth.new)} new pieces from id {growth.first_id} on, then {len(growth.steps)} tokens leading to them; "
+            f"vocab  {len(growth.new)} new pieces from id {growth.first_id} on, then {len(growth.steps)} tokens on the way; "
             f"{growth.known} known already, {len(growth.refused)} cannot be one token here (--json names them), "
             f"{growth.unusable} no text by themselves; embedding rows {growth.rows_before} -> {growth.rows_after}"
         )

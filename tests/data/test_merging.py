@@ -103,7 +103,27 @@ def test_a_word_without_its_space_is_found_inside_a_word_only() -> None:
 
 
 def mixture(generator: random.Random) -> str:
-    parts = ["cat", "hat", "ab", "aba", " ", "the", "国", "中", "人", "habit", "\n", "ß", "x", " Str", "amaran", "猫", "<s>", "7", "é"]
+    parts = [
+        "cat",
+        "hat",
+        "ab",
+        "aba",
+        " ",
+        "the",
+        "国",
+        "中",
+        "人",
+        "habit",
+        "\n",
+        "ß",
+        "x",
+        " Str",
+        "amaran",
+        "猫",
+        "<s>",
+        "7",
+        "é",
+    ]
     return "".join(generator.choices(parts, k=generator.randint(1, 12)))
 
 
@@ -148,6 +168,15 @@ def test_merges_that_would_make_an_old_token_are_not_added() -> None:
     assert json.loads(merged.tokenizer.to_str())["model"]["merges"][3:] == [["bc", "d"], ["a", "bcd"]]
     assert ids(merged.tokenizer, "abce") == ids(old, "abce") == [0, 4, 7]
     assert merge_pieces(old, ["abc"]).refused == {"abc": "is in the vocabulary, but the tokenizer never produces it"}
+
+
+def test_steps_are_few_and_whole_characters_come_first() -> None:
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate("abcdef")}, []))
+    assert merge_pieces(letters, ["abcdef", "bcde"]).steps == ["bc", "de", "abcde"]  # the short piece first, then around it
+
+    spelt = {character: byte_letters(character) for character in "中国人"}
+    steps = [step for letters in spelt.values() for step in (letters[:2], letters)]
+    assert merge_pieces(byte_level(), ["中国人", "中国"]).steps == steps
 
 
 def test_a_unigram_piece_scores_a_little_more_than_its_split() -> None:
