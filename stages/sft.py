@@ -7,8 +7,8 @@ Reads   a language model; rows of messages, prompt/response or plain text.
 Writes  model/  metrics.jsonl  run.json
 
 One step: take the next global batch, forward, sum -log p over the trained tokens of all ranks, divide by their number, step.
-With `loss_on: all` and plain text this is continued pre-training. Left out: dropout (off in every stage), and mixing of
-several data sets.
+On plain text this is continued pre-training: every token carries the loss, and a long document becomes several rows. Left
+out: dropout (off in every stage), and mixing of several data sets.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, names, sizes
+from rlhf.checkpoints import agreement, computed, families, fp8_weights, hugging_face, megatron, names, sizes
 from rlhf.checkpoints.directory import is_megatron, is_torch_dist
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
@@ -58,10 +58,6 @@ class Conversion:
     warnings: list[str]
 
 
-INEXACT = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh")
-"""Approximations of GELU, which differ from it by up to 1e-3."""
-
-
 def plan(request: Request) -> Conversion:
     """Everything a conversion will do, from names and shapes alone; nothing is written.
 
@@ -85,36 +81,42 @@ def plan(request: Request) -> Conversion:
         if config
         else None
     )
+    if family and config:
+        agreement.agree_with_config(family, config, str((config_home or request.source) / CONFIG))
     read = _read_megatron if of_megatron else _read_hugging_face
     source = read(request, family, config)
     heads = source.heads
     assert heads is not None
+    agreement.agree_with_args(source, str(request.source))
     family = family or _recognised(source)
+    agreement.agree(source, family, config, str(request.source))
     seen = sizes.measured(source.tensors, heads)
     told = {**sizes.of_args(source.args), **(sizes.of_config(family, config) if config else {})}
     if request.rotary_base:
         told["rotary_base"] = request.rotary_base
+    warnings = list(source.warnings)
     if config:
+        warnings += sizes.overridden(source.args, sizes.of_config(family, config), family, request.rotary_base is not None)
         sizes.agree(seen, told, family, str((config_home or request.source) / CONFIG))
     vocabulary = told.get("vocabulary") or _true_vocabulary(source.args) or seen["vocabulary"]
     known: Sizes = {**told, **seen, "vocabulary": vocabulary, "tied": seen["tied"]}
     source = _with_vocabulary(source, vocabulary)
     dtype = source.tensors[names.EMBEDDING].dtype
-    warnings = list(source.warnings)
     tensors, checks = _placed(source, family)
+    strange = computed.unusual(source.args, family)
+    warnings += computed.unconfirmed(strange, config) if config else ()
     if request.to == "hf":
         target = hugging_face.lay_out(tensors, family, heads, request.shard_bytes)
         if not config:
-            config = sizes.config_json(family, known, dtype)
+            said = computed.as_config(strange, str(request.source))
+            said |= agreement.as_config(family, tensors)
+            config = sizes.config_json(family, known, dtype, said)
             warnings.append(f"config.json is made from the tensors and Megatron's args; family {family.name}")
         if request.rotary_base:
             config = sizes.with_rotary_base(family, config, request.rotary_base)
     else:
-        target = _megatron_target(request, tensors, source, family, known, dtype)
-        if (activation := _activation(config)) in INEXACT:
-            warnings.append(
-                f"the model's activation is {activation}; Megatron computes the exact GELU unless it is told otherwise"
-            )
+        target = _megatron_target(request, tensors, source, family, known, dtype, config)
+        warnings += computed.not_as_args(config, family)
     target.texts[CONFIG] = json.dumps(config, indent=2) + "\n" if config else ""
     carried = _carried(config_home or request.source)
     return Conversion(request, source, target, checks, family, config, carried, warnings)
@@ -153,11 +155,6 @@ def _plan_merge(request: Request, heap: Heap) -> Conversion:
     return Conversion(request, source, target, [], None, config, _carried(home), [])
 
 
-def _activation(config: Mapping[str, Any]) -> str:
-    keys = ("hidden_act", "activation_function", "activation")
-    return next((config[key] for key in keys if config.get(key)), "gelu_tanh" if config.get("model_type") == "bloom" else "")
-
-
 def _config_home(request: Request, of_megatron: bool) -> Path | None:
     """Where the model's config.json is: as told, in the source, or (carried along by a converter) beside its iterations."""
     if request.config:
@@ -173,7 +170,9 @@ def _read_hugging_face(request: Request, family: Family | None, config: Mapping[
 
 def _read_megatron(request: Request, family: Family | None, config: Mapping[str, Any]) -> Checkpoint:
     told = sizes.of_config(family, config) if family and config else {}
-    reading = megatron.Reading(told.get("heads"), told.get("tied"), request.contiguous_gate)
+    division = hugging_face.heads_of(config, family, request.source) if family and told.get("heads") else None
+    groups = division.groups if division else None
+    reading = megatron.Reading(told.get("heads"), groups, told.get("tied"), request.contiguous_gate)
     return megatron.read_megatron(request.source, reading)
 
 
@@ -185,11 +184,8 @@ def _recognised(source: Checkpoint) -> Family:
     """
     fitting = []
     for family in families.families().values():
-        used = {template for name in source.tensors if (template := _template_in(family, name))}
         takes_all = all(_template_in(family, name) for name in source.tensors)
-        contradicted = any(source.args.get(name) not in (None, value) for name, value in family.args.items())
-        needed = {template for template in family.tensors if "{leaf}" not in template and template != names.HEAD}
-        if takes_all and not contradicted and needed <= used and not family.mapping_only:
+        if takes_all and not family.mapping_only and not agreement.contradiction(source, family, {}):
             fitting.append(family)
     if len(fitting) == 1:
         return fitting[0]
@@ -249,7 +245,13 @@ def _placed(source: Checkpoint, family: Family) -> tuple[dict[str, Stored], list
 
 
 def _megatron_target(
-    request: Request, tensors: dict[str, Stored], source: Checkpoint, family: Family, known: Sizes, dtype: torch.dtype
+    request: Request,
+    tensors: dict[str, Stored],
+    source: Checkpoint,
+    family: Family,
+    known: Sizes,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
 ) -> Target:
     assert source.heads is not None
     style = "transformer-layer" if request.to == "te" else request.names
@@ -258,7 +260,8 @@ def _megatron_target(
     tensors = {
         name: _padded(stored, padded) if name in (names.EMBEDDING, names.HEAD) else stored for name, stored in tensors.items()
     }
-    args = sizes.args_namespace(family, known, tensors, request.grid, padded, dtype, style, request.layout)
+    about = agreement.args_of(family, config) | computed.unusual(source.args, family) | computed.as_args(config)
+    args = sizes.args_namespace(about, known, tensors, request.grid, padded, dtype, style, request.layout)
     if request.layout == "torch_dist":
         return torch_dist.lay_out(tensors, style, args)
     return write_torch.lay_out(tensors, source.heads, request.grid, style, args)

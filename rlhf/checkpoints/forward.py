@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,28 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlhf.checkpoints.computed import as_args
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
 from rlhf.checkpoints.stored import Stored
 from rlhf.errors import DataError
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point that a forward pass came through, and what it held there."""
+
+    module: str
+    """the matrix or the norm, under our name"""
+    side: Side
+    within: str
+    """of the tensors read before, those whose names start so are what the values hang on"""
+    values: tuple[Tensor, ...]
+    """one, or one for each matrix that the module holds (query, key and value; gate and up)"""
+    read: tuple[str, ...]
+    """the tensors read since the place before"""
 
 
 class MegatronForward:
@@ -40,10 +59,13 @@ class MegatronForward:
         named = next((config[key] for key in ("hidden_act", "activation_function", "activation") if config.get(key)), None)
         self.activation = ACT2FN[named or ("gelu_pytorch_tanh" if family.name == "bloom" else "gelu")]
         self.layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers."))
+        self._places: list[Place] = []
+        self._read: list[str] = []
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, V) logits."""
+        self._places, self._read = [], []
         x = F.embedding(ids, self._weight("embedding.word_embeddings.weight"))
         if "embedding.position_embeddings.weight" in self.tensors:
             x = x + self._weight("embedding.position_embeddings.weight")[: ids.shape[1]]
@@ -55,21 +77,36 @@ class MegatronForward:
         head = "output_layer.weight" if "output_layer.weight" in self.tensors else "embedding.word_embeddings.weight"
         return x @ self._weight(head).T
 
+    def trace(self, ids: Tensor) -> tuple[list[Place], tuple[str, ...]]:
+        """(every place in order, the tensors read after the last: the head)"""
+        self(ids)
+        return self._places, tuple(self._read)
+
+    def _reached(self, module: str, side: Side, within: str, *values: Tensor) -> None:
+        self._places.append(Place(module, side, within, values, tuple(self._read)))
+        self._read = []
+
     def _layer(self, x: Tensor, layer: str) -> Tensor:
         normed = self._norm(x, f"{layer}.input_layernorm")
-        attended = self._attention(normed, f"{layer}.self_attention")
         if f"{layer}.pre_mlp_layernorm.weight" not in self.tensors:  # Falcon 7B: both read the one norm
-            return x + attended + self._mlp(normed, f"{layer}.mlp")
+            return x + self._attention(normed, f"{layer}.self_attention") + self._mlp(normed, f"{layer}.mlp")
         if self.family.name.startswith("falcon"):
-            return x + attended + self._mlp(self._norm(x, f"{layer}.pre_mlp_layernorm"), f"{layer}.mlp")
-        x = x + attended
+            other = self._norm(x, f"{layer}.pre_mlp_layernorm")
+            return x + self._attention(normed, f"{layer}.self_attention") + self._mlp(other, f"{layer}.mlp")
+        x = x + self._attention(normed, f"{layer}.self_attention")
         normed = self._norm(x, f"{layer}.pre_mlp_layernorm")
         if f"{layer}.mlp.router.weight" in self.tensors:
             return x + self._experts(normed, f"{layer}.mlp")
         return x + self._mlp(normed, f"{layer}.mlp")
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self._weight(f"{name}.weight"), self._bias(f"{name}.bias")
+        self._reached(name, "input", "", x)
+        normed = self._normed(x, name)
+        self._reached(name, "output", f"{name}.", normed)
+        return normed
+
+    def _normed(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self._weight(f"{name}.weight"), self._if_there(f"{name}.bias")
         if self.family.args["normalization"] == "RMSNorm":
             return F.rms_norm(x, weight.shape, weight, self.epsilon)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
@@ -77,10 +114,12 @@ class MegatronForward:
     def _attention(self, x: Tensor, name: str) -> Tensor:
         batch, length, _ = x.shape
         per_group = self.heads.heads // self.heads.groups
+        width = self.tensors[f"{name}.linear_proj.weight"].shape[1] // self.heads.heads
+        columns = [part.view(batch, length, -1, per_group + 2, width) for part in self._columns(x, f"{name}.linear_qkv")]
+        self._reached(f"{name}.linear_qkv", "output", f"{name}.linear_qkv.", *_apart(torch.cat(columns, 2)))
         contexts = []
-        for fused in self._columns(x, f"{name}.linear_qkv"):
-            width = self._weight(f"{name}.linear_proj.weight").shape[1] // self.heads.heads
-            groups = fused.view(batch, length, -1, per_group + 2, width).permute(0, 2, 3, 1, 4)
+        for fused in columns:
+            groups = fused.permute(0, 2, 3, 1, 4)
             q, k, v = groups[:, :, :per_group], groups[:, :, per_group], groups[:, :, per_group + 1]
             q, k = (
                 self._rotated(self._head_norm(q, f"{name}.q_layernorm")),
@@ -90,13 +129,19 @@ class MegatronForward:
             scores = scores + self._slopes(scores.shape[1] * per_group, len(contexts)).view(-1, per_group, 1, 1) * torch.arange(
                 length
             )
-            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+            scores = scores.masked_fill(self._unseen(length), -math.inf)
             context = torch.einsum("bghts,bgsd->bghtd", scores.softmax(-1), v)
             contexts.append(context.permute(0, 3, 1, 2, 4).reshape(batch, length, -1))
         return self._rows(torch.cat(contexts, -1), f"{name}.linear_proj")
 
+    def _unseen(self, length: int) -> Tensor:
+        """(T, T), true where a token does not see another: those after it, and those before its sliding window."""
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        window = as_args(self.config).get("window_size")
+        return ~(seen.triu(-window[0]) if window else seen)
+
     def _head_norm(self, x: Tensor, name: str) -> Tensor:
-        return self._norm(x, name) if f"{name}.weight" in self.tensors else x
+        return self._normed(x, name) if f"{name}.weight" in self.tensors else x
 
     def _rotated(self, x: Tensor) -> Tensor:
         """Rotary positions, the two halves of a head turned against each other (rotary_interleaved false)."""
@@ -132,11 +177,12 @@ class MegatronForward:
 
     def _mlp(self, x: Tensor, name: str) -> Tensor:
         hidden = self._columns(x, f"{name}.linear_fc1")
-        inner = self._weight(f"{name}.linear_fc2.weight").shape[1]
-        if sum(part.shape[-1] for part in hidden) == 2 * inner:
-            hidden = [self.activation(part.chunk(2, -1)[0]) * part.chunk(2, -1)[1] for part in hidden]
-        else:
-            hidden = [self.activation(part) for part in hidden]
+        inner = self.tensors[f"{name}.linear_fc2.weight"].shape[1]
+        gated = sum(part.shape[-1] for part in hidden) == 2 * inner
+        halves = [part.chunk(2, -1) if gated else (part,) for part in hidden]
+        whole = [torch.cat(half, -1) for half in zip(*halves, strict=True)]
+        self._reached(f"{name}.linear_fc1", "output", f"{name}.linear_fc1.", *whole)
+        hidden = [self.activation(first) * rest[0] if rest else self.activation(first) for first, *rest in halves]
         return self._rows(torch.cat(hidden, -1), f"{name}.linear_fc2")
 
     def _experts(self, x: Tensor, name: str) -> Tensor:
@@ -150,13 +196,14 @@ class MegatronForward:
             result = result + share * self._mlp(x, f"{name}.experts.{expert}")
         if f"{name}.shared_experts.linear_fc1.weight" in self.tensors:
             shared = self._mlp(x, f"{name}.shared_experts")
-            gate = self.tensors.get(f"{name}.shared_experts.gate_weight")
-            result = result + (shared * (x @ gate.read().float().T).sigmoid() if gate else shared)
+            gate = self._if_there(f"{name}.shared_experts.gate_weight")
+            result = result + (shared if gate is None else shared * (x @ gate.T).sigmoid())
         return result
 
     def _columns(self, x: Tensor, name: str) -> list[Tensor]:
         """What each rank computes of a matrix whose rows are spread over ranks."""
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        self._read += [f"{name}.weight", f"{name}.bias"] if bias else [f"{name}.weight"]
         weights = weight.ranks or (weight,)
         biases = (bias.ranks or (bias,)) if bias else [None] * len(weights)
         return [
@@ -165,10 +212,17 @@ class MegatronForward:
         ]
 
     def _rows(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self._weight(f"{name}.weight"), self._bias(f"{name}.bias"))
+        self._reached(name, "input", f"{name.rpartition('.')[0]}.", x)
+        return F.linear(x, self._weight(f"{name}.weight"), self._if_there(f"{name}.bias"))
 
     def _weight(self, name: str) -> Tensor:
+        self._read.append(name)
         return self.tensors[name].read().float()
 
-    def _bias(self, name: str) -> Tensor | None:
+    def _if_there(self, name: str) -> Tensor | None:
         return self._weight(name) if name in self.tensors else None
+
+
+def _apart(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value) of all heads side by side, of (B, T, groups, queries + 2, D)."""
+    return groups[..., :-2, :].flatten(2), groups[..., -2, :].flatten(2), groups[..., -1, :].flatten(2)

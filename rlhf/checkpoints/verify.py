@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf.checkpoints import hugging_face, megatron, sizes
 from rlhf.checkpoints.convert import Conversion
 from rlhf.checkpoints.directory import is_megatron
 from rlhf.checkpoints.forward import MegatronForward
+from rlhf.checkpoints.locate import Parting, as_held, first_parting, held_by
 from rlhf.errors import CheckFailed, DataError
 
 TOLERANCE = 1e-4
@@ -23,7 +23,20 @@ TOLERANCE = 1e-4
 ROWS, TOKENS, CONTINUED = 2, 12, 8
 SEED = 0
 
-Logits = Callable[[Tensor], Tensor]
+
+class TransformersForward:
+    """A Hugging Face model's forward pass in float32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, V) logits."""
+        return self.model(ids).logits.float()
+
+
+Forward = MegatronForward | TransformersForward
 
 
 @dataclass(frozen=True)
@@ -61,24 +74,25 @@ def verify(conversion: Conversion, reference: Path | None = None) -> Verdict:
         raise CheckFailed(f"{family.name}: tensor mapping only: {family.mapping_only}")
     try:
         if request.to == "hf" and family is not None:
-            result = transformers_logits(request.destination)
-            against = transformers_logits(reference) if reference else _source_logits(conversion)
+            result = opened(request.destination)
+            against = opened(reference) if reference else _source(conversion)
             name = str(reference) if reference else f"a forward pass over the tensors of {request.source}"
         elif family is None:
             if reference is None:
                 raise CheckFailed("--verify: there is nothing here to compare with; give --reference, a Hugging Face directory")
-            result, against, name = transformers_logits(request.destination), transformers_logits(reference), str(reference)
+            result, against, name = opened(request.destination), opened(reference), str(reference)
         else:
-            result = _written_logits(conversion)
+            result = _written(conversion)
             home = reference or (None if is_megatron(request.source) else request.source)
-            against = transformers_logits(home) if home else _source_logits(conversion)
+            against = opened(home) if home else _source(conversion)
             name = str(home or request.source)
     except DataError as error:
         raise CheckFailed(f"--verify: {error}") from error
     verdict = compared(result, against, conversion, name)
     if not verdict.holds:
         named = _differing(request.destination, reference) if request.to == "hf" and reference else ""
-        raise CheckFailed(f"{request.destination}: not the same model: {verdict}{named}")
+        parting = _parting(result, against, conversion)
+        raise CheckFailed(f"{request.destination}: not the same model: {verdict}{f'; {parting}' if parting else ''}{named}")
     return verdict
 
 
@@ -90,8 +104,24 @@ def _differing(result: Path, reference: Path) -> str:
     return f"; tensors that differ: {', '.join(different[:5])}{more}" if different else ""
 
 
-def compared(result: Logits, against: Logits, conversion: Conversion, name: str) -> Verdict:
-    ids = torch.randint(_vocabulary(conversion), (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+def _parting(result: Forward, against: Forward, conversion: Conversion) -> Parting | None:
+    """Where they part, if one of the two is a forward pass that can be traced."""
+    traced, other = (result, against) if isinstance(result, MegatronForward) else (against, result)
+    if not isinstance(traced, MegatronForward):
+        return None
+    ids = _tokens(conversion)
+    places, head = traced.trace(ids)
+    held = held_by(other.model, ids, places) if isinstance(other, TransformersForward) else as_held(other.trace(ids)[0])
+    written = {step.ours: [key for _, key in step.targets] for step in conversion.target.steps}
+    return first_parting(places, head, held, written)
+
+
+def _tokens(conversion: Conversion) -> Tensor:
+    return torch.randint(_vocabulary(conversion), (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+
+
+def compared(result: Forward, against: Forward, conversion: Conversion, name: str) -> Verdict:
+    ids = _tokens(conversion)
     ours, theirs = result(ids), against(ids)
     rows = min(ours.shape[-1], theirs.shape[-1])
     ours, theirs = ours[..., :rows], theirs[..., :rows]
@@ -109,13 +139,13 @@ def _vocabulary(conversion: Conversion) -> int:
     return int(sizes_told or conversion.config.get("vocab_size") or 0) or 2
 
 
-def _continued(logits: Logits, ids: Tensor, rows: int) -> Tensor:
+def _continued(logits: Forward, ids: Tensor, rows: int) -> Tensor:
     for _ in range(CONTINUED):
         ids = torch.cat([ids, logits(ids)[:, -1:, :rows].argmax(-1)], 1)
     return ids
 
 
-def transformers_logits(directory: Path) -> Logits:
+def opened(directory: Path) -> TransformersForward:
     """A Hugging Face model's forward pass in float32, every tensor of its files in use.
 
     Raises:
@@ -124,33 +154,28 @@ def transformers_logits(directory: Path) -> Logits:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{directory}: transformers cannot open it: {str(error).strip().splitlines()[0]}") from error
-    model, report = opened
+    model, report = loaded
     for what, keys in (("does not find", report["missing_keys"]), ("has no use for", report["unexpected_keys"])):
         if keys:
             raise DataError(f"{directory}: transformers {what} {', '.join(sorted(keys)[:5])}")
-    model.eval()
-
-    @torch.no_grad()
-    def logits(ids: Tensor) -> Tensor:
-        return model(ids).logits.float()
-
-    return logits
+    return TransformersForward(model)
 
 
-def _source_logits(conversion: Conversion) -> Logits:
+def _source(conversion: Conversion) -> MegatronForward:
     source = conversion.source
     assert source.heads is not None
     assert conversion.family is not None
     return MegatronForward(source.tensors, source.heads, conversion.family, conversion.config)
 
 
-def _written_logits(conversion: Conversion) -> Logits:
+def _written(conversion: Conversion) -> MegatronForward:
     """What was written, read back and computed from its own tensors."""
     assert conversion.family is not None
-    told = sizes.of_config(conversion.family, conversion.config)
-    written = megatron.read_megatron(conversion.request.destination, megatron.Reading(told.get("heads"), told.get("tied")))
+    told, heads = sizes.of_config(conversion.family, conversion.config), conversion.source.heads
+    reading = megatron.Reading(told.get("heads"), heads.groups if heads else None, told.get("tied"))
+    written = megatron.read_megatron(conversion.request.destination, reading)
     assert written.heads is not None
     return MegatronForward(written.tensors, written.heads, conversion.family, conversion.config)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rlhf import paths
 from rlhf.config import fields, tree
 from rlhf.config.fields import Field, dotted
-from rlhf.config.schema import Section
+from rlhf.config.sections import Section
 from rlhf.config.tree import COMMAND_LINE, Mistake, given
 from rlhf.errors import ConfigError
 

@@ -1,60 +1,33 @@
 """Every knob of the three stages, with its unit, its range and its default.
 
 The classes are the single source for validation, `--help`, the resolved config and the documentation; nothing else in the
-tree repeats a default. A section that several stages share is one class. What belongs to an engine (process count,
+tree repeats a default. What several stages share is in sections.py. What belongs to an engine (process count,
 ZeRO stage, sharding) stays in its launch file and is not here.
 """
 
 from __future__ import annotations
 
-from os.path import expanduser
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Place = Annotated[str, AfterValidator(expanduser)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    path: Place
-    """Weights to start from: a Hugging Face id (`id@revision`), a Hugging Face, GGUF or run directory or file."""
-    from_scratch: bool = False
-    """Draw random weights for the architecture in `path` instead of loading any (needs only its config and tokenizer)."""
-
-
-class Lora(Section):
-    rank: Annotated[int, Field(ge=0)] = 0
-    """Rank of the LoRA factors (Hu et al. 2021); 0 trains all weights."""
-    alpha: Positive = 16.0
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the input of the factors, a probability. PPO needs 0: its ratio must start at exactly 1."""
-    targets: str = "all-linear"
-    """Which linear layers get factors: `all-linear`, or layer name endings separated by commas (`q_proj,v_proj`)."""
-    merge: bool = False
-    """Write the merged model as the stage's result instead of the adapter."""
-
-
-class Optimizer(Section):
-    lr: Positive = 1e-5
-    """Peak learning rate of AdamW."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean, per optimizer step."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean, per optimizer step."""
-    eps: Positive = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay, per step and unit of learning rate."""
-    max_grad_norm: Positive = 1.0
-    """Joint gradient norm over all trained weights and ranks above which gradients are scaled down."""
+from rlhf.config.sections import (
+    Checkpoint,
+    Count,
+    Data,
+    Fraction,
+    Lora,
+    Model,
+    Optimizer,
+    Place,
+    Positive,
+    Report,
+    Schedule,
+    Section,
+    TextReading,
+    TrainingFiles,
+    TrainingFp8,
+)
 
 
 class PpoOptimizer(Optimizer):
@@ -64,19 +37,6 @@ class PpoOptimizer(Optimizer):
     """Peak learning rate of the critic (and of the value head when the trunk is shared)."""
     eps: Positive = 1e-5
     """Added to the root of the second moment; 1e-5 as in the PPO papers' code (docs/ppo.md)."""
-
-
-class Schedule(Section):
-    length: Count = 1
-    """How long to train, counted in `unit`."""
-    unit: Literal["steps", "epochs", "tokens"] = "epochs"
-    """steps: optimizer steps (PPO: iterations); epochs: passes over the training rows; tokens: tokens a loss is taken on."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Part of the run over which the rate rises from 0 to its peak."""
-    final: Fraction = 0.1
-    """Learning rate at the end, as a part of the peak."""
 
 
 class PpoSchedule(Schedule):
@@ -90,32 +50,7 @@ class PpoSchedule(Schedule):
     """Learning rate at the end, as a part of the peak."""
 
 
-class Data(Section):
-    train: Place
-    """Training rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
-    eval: Place | None = None
-    """Held-out rows in the same form; none: no evaluation."""
-    columns: dict[str, str] = {}
-    """Our column name -> the file's (`prompt: question`)."""
-    extra_columns: Literal["fail", "ignore"] = "fail"
-    """What to do with columns nobody asked for."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What to do with a malformed row: stop with its file:line, or leave it out and count it."""
-    max_skip_fraction: Fraction = 0.01
-    """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
-    max_length: Count = 1024
-    """Longest prompt + reply, in tokens."""
-    too_long: Literal["fail", "skip", "truncate"] = "fail"
-    """A row past `max_length`: stop, leave it out and count it, or cut it (PPO: prompts at their start; else at the end)."""
-
-
-class SftData(Data):
-    json_key: str | None = None
-    """Column of plain text to train on (`text`); only for rows that are neither chats nor prompt/response."""
-    loss_on: Literal["responses", "all"] = "responses"
-    """Tokens that carry the loss: the replies only, or every token."""
+class SftData(TextReading, TrainingFiles):
     packing: bool = False
     """Put several rows into one sequence of `max_length`; attention and positions do not cross rows."""
 
@@ -127,23 +62,9 @@ class PromptData(Data):
     """Longest prompt, in tokens."""
 
 
-class Checkpoint(Section):
-    every: Annotated[int, Field(ge=0)] = 100
-    """Steps (PPO: iterations) between training checkpoints; 0: only when a signal stops the run."""
-    keep: Count = 2
-    """How many of the newest to keep."""
-
-
 class PpoCheckpoint(Checkpoint):
     every: Annotated[int, Field(ge=0)] = 10
     """Iterations between training checkpoints; 0: only when a signal stops the run."""
-
-
-class Report(Section):
-    samples: Annotated[int, Field(ge=0)] = 4
-    """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""
-    trackers: tuple[Literal["tensorboard"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
 
 
 class Stage(Section):
@@ -164,12 +85,19 @@ class Stage(Section):
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     lora: Lora = Lora()
+    fp8: TrainingFp8 = TrainingFp8()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
 
+    @model_validator(mode="after")
+    def _precise_or_fast(self) -> Stage:
+        if self.fp8.recipe != "none" and self.precision == "fp64":
+            raise ValueError("fp8.recipe must be `none` with precision `fp64`: that is for tests of equality")
+        return self
+
 
 class SftConfig(Stage):
-    """Supervised fine-tuning (or, with `loss_on: all` on plain text, continued pre-training)."""
+    """Supervised fine-tuning (or, on plain text, continued pre-training)."""
 
     model: Model
     data: SftData
@@ -337,12 +265,13 @@ class PpoConfig(Stage):
 STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}
 
 SHORT_FLAGS = {
-    "model": "model.path",
-    "actor": "roles.actor",
-    "critic": "roles.critic",
-    "reference": "roles.reference",
-    "reward": "reward.source",
-    "data": "data.train",
-    "json_key": "data.json_key",
+    "model.path": "model",
+    "roles.actor": "actor",
+    "roles.critic": "critic",
+    "roles.reference": "reference",
+    "reward.source": "reward",
+    "data.train": "data",
+    "data.file": "data",
+    "data.json_key": "json_key",
 }
-"""Flags that are short for a config field, for the stages that have the field."""
+"""A config field -> the flag that is short for it, for the commands that have the field."""

@@ -6,6 +6,7 @@ a causal model never sees them; prompts of a rollout are padded at the left, whe
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -75,17 +76,19 @@ def packed_batch(packs: Sequence[Sequence[SftExample]], pad_id: int) -> tuple[To
 
 
 def pack(examples: Sequence[SftExample], length: int) -> list[list[SftExample]]:
-    """First-fit decreasing: each pack holds at most `length` tokens."""
+    """Best-fit decreasing: each pack holds at most `length` tokens."""
     packs: list[list[SftExample]] = []
-    room: list[int] = []
+    open_packs: list[tuple[int, int]] = []  # (free tokens, index), sorted: a search costs a bisection, not a pass over all
     for example in sorted(examples, key=len, reverse=True):
-        place = next((i for i, free in enumerate(room) if free >= len(example)), None)
-        if place is None:
+        fit = bisect_left(open_packs, (len(example), 0))
+        if fit < len(open_packs):
+            free, index = open_packs.pop(fit)
+        else:
+            free, index = length, len(packs)
             packs.append([])
-            room.append(length)
-            place = len(packs) - 1
-        packs[place].append(example)
-        room[place] -= len(example)
+        packs[index].append(example)
+        if free > len(example):
+            insort(open_packs, (free - len(example), index))
     return packs
 
 

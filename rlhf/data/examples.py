@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rlhf.config.schema import Data, PromptData, SftData
+from rlhf.config.sections import Reading, TextReading
 from rlhf.data.rows import Row, Rows, read_rows
 from rlhf.data.shapes import Kind
 from rlhf.data.templates import Messages, Template, plain_prompt
@@ -41,7 +41,11 @@ class PromptExample:
 
     index: int
     ids: list[int]
-    text: str
+    row: Row
+
+    @property
+    def text(self) -> str:
+        return plain_prompt(self.row.fields["prompt"])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,8 +59,8 @@ class Examples(Generic[Example]):
     notes: list[str]
 
 
-def sft_examples(path: str, config: SftData, template: Template) -> Examples[SftExample]:
-    limit = _LengthLimit(config.max_length, config.too_long)
+def sft_examples(path: str, config: TextReading, template: Template) -> Examples[SftExample]:
+    limit = _LengthLimit(config.max_length, config.too_long, "skip, truncate or (plain text: data.json_key) split")
     rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
     examples, untrained = [], 0
     for row in rows.rows:
@@ -68,12 +72,14 @@ def sft_examples(path: str, config: SftData, template: Template) -> Examples[Sft
         if not any(trained[1 : config.max_length]):
             untrained += 1
             continue
-        examples.append(SftExample(ids[: config.max_length], trained[: config.max_length]))
+        examples += [SftExample(ids[part], trained[part]) for part in limit.parts(len(ids))]
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
-    return _done(path, examples, rows.notes + limit.notes() + dropped)
+    lost = config.json_key is not None and limit.hit and config.too_long != "split"
+    advice = ["data.too_long: split would use long documents whole"] if lost else []
+    return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
 
 
-def pair_examples(path: str, config: Data, template: Template) -> Examples[PairExample]:
+def pair_examples(path: str, config: Reading, template: Template) -> Examples[PairExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "pair", config)
     examples, same = [], 0
@@ -94,14 +100,14 @@ def pair_examples(path: str, config: Data, template: Template) -> Examples[PairE
     return _done(path, examples, rows.notes + limit.notes() + dropped)
 
 
-def prompt_examples(path: str, config: PromptData, template: Template) -> Examples[PromptExample]:
+def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "prompt", config)
     examples = []
     for index, row in enumerate(rows.rows):
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
-            examples.append(PromptExample(index, ids[-config.max_length :], plain_prompt(row.fields["prompt"])))
+            examples.append(PromptExample(index, ids[-config.max_length :], row))
     return _done(path, examples, rows.notes + limit.notes())
 
 
@@ -118,6 +124,15 @@ def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
     return prompt + response, [False] * len(prompt) + [True] * len(response)
 
 
+def split(length: int, limit: int) -> list[slice]:
+    """A document's rows, of at most `limit` tokens each.
+
+    A row begins with the last token of the one before: no row predicts its first token, and so each token but the document's
+    first is predicted once.
+    """
+    return [slice(start, start + limit) for start in range(0, max(length - 1, 1), limit - 1)]
+
+
 def _shorten(pair: PairExample, limit: int) -> PairExample:
     """Cuts the replies at their end so that the pair fits, never the prompt; a cut reply keeps no EOS it did not earn."""
     room = limit - len(pair.prompt)
@@ -126,7 +141,7 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
     return PairExample(pair.prompt, pair.chosen[:room], pair.rejected[:room])
 
 
-def _read(path: str, kind: Kind, config: Data, json_key: str | None = None) -> Rows:
+def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:
     return read_rows(
         path,
         kind,
@@ -147,8 +162,9 @@ def _done(path: str, examples: list[Example], notes: list[str]) -> Examples[Exam
 class _LengthLimit:
     """Applies `too_long` and counts what it did."""
 
-    def __init__(self, limit: int, rule: str) -> None:
-        self.limit, self.rule, self.hit = limit, rule, 0
+    def __init__(self, limit: int, rule: str, other_rules: str = "skip or truncate") -> None:
+        self.limit, self.rule, self.other_rules = limit, rule, other_rules
+        self.hit = self.made = 0
 
     def allows(self, length: int, where: str) -> bool:
         if length <= self.limit:
@@ -156,11 +172,24 @@ class _LengthLimit:
         if self.rule == "fail":
             raise DataError(
                 f"{where}: {length} tokens, more than data.max_length {self.limit}; "
-                "raise it, or set data.too_long to skip or truncate"
+                f"raise it, or set data.too_long to {self.other_rules}"
             )
         self.hit += 1
-        return self.rule == "truncate"
+        return self.rule != "skip"
+
+    def parts(self, length: int) -> list[slice]:
+        """What is used of a row that is allowed, one slice for each row it becomes."""
+        if self.rule != "split":
+            return [slice(self.limit)]
+        parts = split(length, self.limit)
+        if length > self.limit:
+            self.made += len(parts)
+        return parts
 
     def notes(self) -> list[str]:
+        if not self.hit:
+            return []
+        if self.rule == "split":
+            return [f"{self.hit} documents longer than {self.limit} tokens split into {self.made} rows"]
         done = "skipped" if self.rule == "skip" else "truncated"
-        return [f"{self.hit} rows longer than {self.limit} tokens {done}"] if self.hit else []
+        return [f"{self.hit} rows longer than {self.limit} tokens {done}"]

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from rlhf.config.schema import Schedule
+from rlhf.config.sections import Schedule
 from rlhf.digest import text_digest
 
 Item = TypeVar("Item")

@@ -72,8 +72,9 @@ class Template:
         return [segment for segment in segments[:-1] if segment.ids]
 
     def text(self, text: str) -> list[int]:
-        """Plain text, with the tokenizer's own BOS if it has one, and EOS at the end."""
-        return self._closed(self.tokenizer(text)["input_ids"])
+        """All of a plain text, with the tokenizer's own BOS if it has one, and EOS at the end, also where it holds others."""
+        ids = self.tokenizer(text, verbose=False)["input_ids"]  # verbose warns of a text longer than the model, which is split
+        return ids if ids and ids[-1] in self.stop_ids else ids + self.stop_ids[:1]
 
     def _closed(self, ids: list[int]) -> list[int]:
         for index in reversed(range(len(ids))):

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.config.schema import Lora
+from rlhf.config.sections import Lora
 from rlhf.data.order import seed_of
 from rlhf.digest import tree_digest
 from rlhf.errors import DataError

@@ -5,6 +5,7 @@ A stage asks roles for log-probabilities, values and scores; whether two roles s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.config.schema import PpoConfig, RmConfig, SftConfig, Stage
-from rlhf.data.collate import TokenBatch
+from rlhf.data.collate import TokenBatch, pad, token_batch
+from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import ConfigError, DataError
+from rlhf.fp8.apply import apply
+from rlhf.fp8.state import calibrating, delayed_layers
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
@@ -79,6 +83,10 @@ class Roles:
         return critic_of(self.policy)
 
     @property
+    def device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+    @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
@@ -89,6 +97,20 @@ class Roles:
         if positions and longest > positions:
             raise DataError(f"the longest row takes {longest} positions, the model has {positions}: lower {field}")
 
+    @torch.no_grad()
+    def calibrate(self, prompts: Sequence[list[int]], size: int) -> None:
+        """Sets the scales of delayed FP8 scaling by forwards over some prompts, before anything is sampled with them.
+
+        Every rank takes the same prompts, so all have the same scales, and the actor those of its reference.
+        """
+        frozen = [role.model for role in (self.reference, self.reward) if role is not None]
+        for model in (self.policy, *frozen):
+            if not delayed_layers(model):
+                continue
+            with calibrating(model):
+                for rows in chunks(prompts, size):
+                    model(token_batch(*pad(rows, self.pad_id, left=True)).to(next(model.parameters()).device))
+
     @property
     def stop_ids(self) -> list[int]:
         return stop_ids(self.generation, self.tokenizer)
@@ -96,19 +118,19 @@ class Roles:
 
 def open_sft(config: SftConfig) -> Roles:
     model = load_actor(config.model.path, _loading(config), config.model.from_scratch)
-    actor = _with_lora(model, config.model.path, config, scalar=False)
+    actor = _with_layers(model, config.model.path, config, scalar=False)
     return _roles(config.model.path, ActorCritic(actor=actor))
 
 
 def open_rm(config: RmConfig) -> Roles:
     model = load_scalar(config.model.path, _loading(config), new_head=True)
-    critic = _with_lora(model, config.model.path, config, scalar=True)
+    critic = _with_layers(model, config.model.path, config, scalar=True)
     return _roles(config.model.path, ActorCritic(critic=critic))
 
 
 def open_ppo(config: PpoConfig) -> Roles:
     loading, source = _loading(config), config.roles
-    actor = _with_lora(load_actor(source.actor, loading), source.actor, config, scalar=False)
+    actor = _with_layers(load_actor(source.actor, loading), source.actor, config, scalar=False)
     reward_source = reward_model_of(config)
     if source.mode == "shared":
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
@@ -119,14 +141,29 @@ def open_ppo(config: PpoConfig) -> Roles:
         if spec not in (None, "zero"):
             _same_tokenizer(source.actor, roles.tokenizer, role, spec)
     if config.kl.coef > 0:
-        reference = freeze(ActorCritic(actor=load_actor(source.reference or source.actor, loading)))
+        reference = freeze(ActorCritic(actor=_with_fp8(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
         # equal to the actor to the bit if its weights say the same; no optimizer has them and no forward records them.
         reference.requires_grad_(config.lora.rank == 0)
         roles.reference = Reference(reference)
     if reward_source is not None:
-        roles.reward = RewardModel(freeze(ActorCritic(critic=load_scalar(reward_source, loading))))
+        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(load_scalar(reward_source, loading), config))))
     return roles
+
+
+def open_policy(spec: str) -> Roles:
+    """A policy that is used and not trained."""
+    return _in_use(spec, ActorCritic(actor=load_actor(spec, Loading())))
+
+
+def open_reward_model(spec: str) -> Roles:
+    """A reward model, or critic, that is used and not trained: it stands in the critic's place."""
+    return _in_use(spec, ActorCritic(critic=load_scalar(spec, Loading())))
+
+
+def _in_use(spec: str, policy: ActorCritic) -> Roles:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _roles(spec, freeze(policy).to(device))
 
 
 def reward_model_of(config: PpoConfig) -> str | None:
@@ -140,10 +177,21 @@ def freeze(model: ActorCritic) -> ActorCritic:
 
 def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
     if source != "zero":
-        return _with_lora(load_scalar(source, loading, role="critic"), source, config, scalar=True)
+        return _with_layers(load_scalar(source, loading, role="critic"), source, config, scalar=True)
     critic = load_scalar(config.roles.actor, loading, new_head=True)
     zero_head(critic)
-    return _with_lora(critic, config.roles.actor, config, scalar=True)
+    return _with_layers(critic, config.roles.actor, config, scalar=True)
+
+
+def _with_layers(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:
+    """A model that is trained: with adapters where the config has them, its linear layers (or its adapters' base) in FP8."""
+    return _with_fp8(_with_lora(model, spec, config, scalar), config)
+
+
+def _with_fp8(model: nn.Module, config: Stage) -> nn.Module:
+    if config.fp8.recipe != "none":
+        apply(model, config.fp8)
+    return model
 
 
 def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:

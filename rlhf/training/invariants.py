@@ -12,15 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf.config.schema import PpoConfig
+from rlhf.data.collate import token_batch
 from rlhf.errors import CheckFailed
+from rlhf.fp8.recipes import recipe_of
+from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import WHITENING_EPS, Moments
+from rlhf.models.actor_critic import ActorCritic
 from rlhf.rollout.experience import Experience
 
-ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
-"""Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply."""
+ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25, "fp8": 0.25, "fp8 by batch": 2.0}
+"""Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply. In FP8 a difference in the
+last bit can turn a code into its neighbour, 6% away; by batch: where scales follow from all rows together, too."""
+
+BATCH_MATES = 16
 
 
 Probe = Callable[..., None]
@@ -60,7 +68,7 @@ class Checks:
 def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> None:
     """Checks on the first iteration's scored and credited experience, before any update."""
     mask = experience.mask.bool()
-    tolerance = ROLLOUT_TOLERANCE[config.precision]
+    tolerance = _tolerance(config)
     difference = (experience.sampled_logprobs - experience.logprobs)[mask].abs().max()
     checks.expect(
         "rollout log-probs",
@@ -89,6 +97,45 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
         good = abs(moments.mean) < 1e-5 and abs(moments.std - expected) < 1e-3
         measured = f"mean {moments.mean:.1e}, std {moments.std:.4f}"
         checks.expect("whitening", good, measured, "advantages of all replies together have mean 0 and deviation 1")
+
+
+@torch.no_grad()
+def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, config: PpoConfig) -> str:
+    """Whether FP8 makes a token's log-prob depend on the rows beside it: replies scored alone and together, no pads.
+
+    A recipe that scales all rows together does; that is no failure but a warning, with what was measured.
+    """
+    rows = [
+        prompt + tokens[real.bool()].tolist()
+        for prompt, tokens, real in zip(experience.prompts, experience.tokens, experience.mask, strict=True)
+    ][:BATCH_MATES]
+    length = min(map(len, rows))
+    ids = torch.tensor([row[:length] for row in rows], device=next(policy.parameters()).device)
+    mask = torch.ones_like(ids)
+
+    def logprobs(part: slice) -> Tensor:
+        logits = policy(token_batch(ids[part], mask[part])).logits
+        assert logits is not None
+        return token_logprobs(logits[:, :-1], ids[part, 1:], config.rollout.temperature)
+
+    together = logprobs(slice(None))
+    apart = (together - torch.cat([logprobs(slice(row, row + 1)) for row in range(len(rows))])).abs()
+    largest, recipe = apart.max(), config.fp8.recipe
+    measured = f"{len(rows)} replies scored alone and together differ by {apart.mean():.1e} nats a token, at most {largest:.1e}"
+    if recipe_of(config.fp8).batch_invariant:
+        within = largest <= _tolerance(config)
+        checks.expect("batch mates", within, largest, "a reply gets the same log-probs alone and beside others")
+        return f"fp8.recipe {recipe}: {measured}"
+    return (
+        f"warning: fp8.recipe {recipe} scales all rows of a batch together: {measured}. The ratio of later epochs and the KL "
+        "carry that as noise; block, rowwise, mxfp8 and delayed do not have it"
+    )
+
+
+def _tolerance(config: PpoConfig) -> float:
+    if config.fp8.recipe == "none":
+        return ROLLOUT_TOLERANCE[config.precision]
+    return ROLLOUT_TOLERANCE["fp8" if recipe_of(config.fp8).batch_invariant else "fp8 by batch"]
 
 
 def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,11 +25,13 @@ from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import CheckFailed, DataError, Preempted
+from rlhf.fp8.apply import described
+from rlhf.fp8.state import advance, fp8_state, load_fp8_state
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
 from rlhf.runs.manifest import MANIFEST, finish, write_json
-from rlhf.training import checkpoint
+from rlhf.training import checkpoint, fp8_probe
 from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from rlhf.training.signals import StopRequest
@@ -54,6 +56,11 @@ class Training:
         self.states: dict[str, Stateful] = {}
         self.result: dict[str, Any] = {}
         self.stats = Stats()
+        self.frozen: list[nn.Module] = []
+        self.listeners: list[Callable[[dict[str, float]], None]] = []
+        """Are given each step's metrics, on every rank."""
+        self.diverted = False
+        """Whether metrics go elsewhere for a while, so that trackers are not told."""
         self.step_done, self.tokens_done = 0, 0.0
         self._times: dict[str, float] = {}
 
@@ -78,11 +85,17 @@ class Training:
         self.note(
             f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}"
         )
+        if in_fp8 := described(self.policy):
+            self.note(in_fp8)
         return self.model
 
     def prepare_frozen(self, model: nn.Module) -> None:
-        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it."""
+        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it.
+
+        Called before `prepare`, which restores what a checkpoint holds of it.
+        """
         self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.frozen.append(model)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -108,17 +121,30 @@ class Training:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to its end; between them the run is saved, and stopped if asked."""
         while self.progress() < 1:
-            step = self.step_done
-            self._reseed(step)
-            self._started, self._times, self.stats = time.monotonic(), {}, Stats()
-            yield step
-            self.step_done = step + 1
+            if fp8_probe.is_due(self):
+                yield from fp8_probe.probed_span(self)
+                continue
+            yield from self.one_step()
             signal_number = self._agree_to_stop()
             every = self.config.checkpoint.every
             if signal_number or (every and self.step_done % every == 0):
                 self.save()
             if signal_number:
                 raise Preempted(signal_number)
+
+    def one_step(self) -> Iterator[int]:
+        """The number of the step at hand, and what ends it."""
+        step = self.step_done
+        self._reseed(step)
+        self._started, self._times, self.stats = time.monotonic(), {}, Stats()
+        yield step
+        self.step_done = step + 1
+        advance(self.policy, self._largest)
+
+    def stop_if_asked(self) -> None:
+        """Ends the run without saving; its last checkpoint is where it goes on."""
+        if signal_number := self._agree_to_stop():
+            raise Preempted(signal_number)
 
     def progress(self) -> float:
         """Part of the run that is done."""
@@ -170,6 +196,12 @@ class Training:
         """The value of every rank, in their order."""
         return gather_object([value]) if self.world_size > 1 else [value]
 
+    def _largest(self, values: Tensor) -> Tensor:
+        """The largest of each number over all ranks."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values
+
     # ---- randomness --------------------------------------------------------------------------------------------------
 
     def seed(self, *purpose: object) -> int:
@@ -206,9 +238,12 @@ class Training:
         """Writes the step's metrics line; `tokens` is how many this step handled over all ranks."""
         values = self.reduce(self.stats)
         times = self._times | {"time/step_s": time.monotonic() - self._started}
+        for listener in self.listeners:
+            listener(values)
         if self.is_main:
             self.metrics.append(step + 1, values | {"tokens": tokens} | {name: round(t, 6) for name, t in times.items()})
-            self.accelerator.log(values, step=step + 1)
+            if not self.diverted:
+                self.accelerator.log(values, step=step + 1)
             after = self.progress() if self.schedule.unit == "tokens" else (step + 1) / self.length
             self.console.step(
                 step + 1,
@@ -224,7 +259,8 @@ class Training:
             self.metrics.append_once(step, dict(values))
             for sample in samples:
                 self.samples.append_once(step, sample)
-            self.accelerator.log(dict(values), step=step)
+            if not self.diverted:
+                self.accelerator.log(dict(values), step=step)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -233,10 +269,15 @@ class Training:
         if self.is_main:
             weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
             tensors = {"model": weights, "optimizer": optimizer_tensors(self.optimizer)}
+            if in_fp8 := fp8_state(self.all_models()):
+                tensors["fp8"] = in_fp8
             own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
             state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
+
+    def all_models(self) -> nn.ModuleList:
+        return nn.ModuleList([self.policy, *self.frozen])
 
     def _resume(self) -> None:
         root = self.run / "checkpoints"
@@ -257,6 +298,8 @@ class Training:
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
         restore_optimizer(self.optimizer, found.tensors("optimizer"))
+        if fp8_state(self.all_models()):
+            load_fp8_state(self.all_models(), found.tensors("fp8"))
         own = state["training"]
         self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
         for name, value in self.states.items():

@@ -45,6 +45,8 @@ def unit_test(config: PpoConfig, ppo: Ppo, as_json: bool = False, learn: bool = 
     """
     if config.precision == "bf16":
         raise ConfigError("precision: the unit test compares numbers closer than bf16 can tell apart; use fp32 or fp64")
+    if config.fp8.recipe != "none":
+        raise ConfigError("fp8.recipe: the unit test compares numbers closer than FP8 can tell apart; use `none`")
     checks = Checks()
     with tempfile.TemporaryDirectory(prefix="rlhf-unit-test-") as directory:
         config = _filled_in(config, Path(directory))

@@ -103,27 +103,8 @@ def test_a_word_without_its_space_is_found_inside_a_word_only() -> None:
 
 
 def mixture(generator: random.Random) -> str:
-    parts = [
-        "cat",
-        "hat",
-        "ab",
-        "aba",
-        " ",
-        "the",
-        "国",
-        "中",
-        "人",
-        "habit",
-        "\n",
-        "ß",
-        "x",
-        " Str",
-        "amaran",
-        "猫",
-        "<s>",
-        "7",
-        "é",
-    ]
+    parts = ["cat", "hat", "ab", "aba", " ", "the", "国", "中", "人", "habit", "\n", "ß", "x", " Str", "amaran", "猫"]
+    parts += ["<s>", "7", "é"]
     return "".join(generator.choices(parts, k=generator.randint(1, 12)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.config.schema import Schedule
+from rlhf.config.sections import Schedule
 from rlhf.data.order import Batches, chunks, minibatches, row_seeds
 
 THREE_EPOCHS = Schedule(length=3, unit="epochs")

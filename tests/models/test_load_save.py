@@ -159,7 +159,7 @@ def test_transformers_scores_our_critic_as_we_do(tiny):
 
 
 def test_an_adapter_on_a_changed_base_is_refused(tiny, tmp_path):
-    from rlhf.config.schema import Lora
+    from rlhf.config.sections import Lora
     from rlhf.models.lora import add_lora
     from rlhf.models.source import resolve
 

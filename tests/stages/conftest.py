@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.training.tiny import WORDS, write_tiny_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 10, "max_position_embeddings": 64, "initializer_range": 0.1,
+         "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +33,19 @@ def world(tmp_path_factory) -> Path:
     prompts = [{"prompt": words(2, 7)} for _ in range(29)]
     for name, rows in (("sft", sft), ("pairs", pairs), ("prompts", prompts)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llamas(world, tmp_path_factory) -> Path:
+    """The tiny world with models whose layers are nn.Linear and whose sizes are multiples of 16."""
+    directory = tmp_path_factory.mktemp("llamas")
+    shutil.copytree(world, directory, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    for part, model in (
+        ("model", LlamaForCausalLM(LlamaConfig(**SIZES))),
+        ("critic", LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1))),
+    ):
+        (directory / part / "model.safetensors").unlink()
+        model.save_pretrained(directory / part)
     return directory

@@ -70,6 +70,36 @@ def test_packed_rows_do_not_see_each_other(world, tmp_path):
     assert one == pytest.approx(two, rel=1e-10)
 
 
+def test_long_documents_are_learned_whole(world, tmp_path):
+    """The loss of a step on split and packed documents is that of transformers' model on rows cut here by hand."""
+    log, limit = tmp_path / "log", 8
+    texts = ["a b c d e f g h a c e g b d f h a d g h", "h g", "a b c d e f g", "c c a b d b e e h", "f"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(world / "model").double().eval()
+    total = 0.0
+    for text in texts:
+        document = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(document) - 1, limit - 1):
+            row = torch.tensor([document[start : start + limit]])
+            logprobs = model(row).logits[0, :-1].log_softmax(-1)
+            total -= logprobs.gather(-1, row[0, 1:, None]).sum().item()
+    count = sum(len(text.split()) for text in texts)  # a document's EOS has a loss, its first token has none
+
+    def losses(name: str, tokens: int, **more: object) -> list[float]:
+        rows = {"data": tmp_path / "texts.jsonl", "data__eval": "null", "json_key": "text", "data__max_length": limit}
+        rows |= {"data__packing": "true", "schedule__unit": "tokens", "schedule__length": tokens, "precision": "fp64"}
+        assert run("sft", flags("sft", world, tmp_path / name, **rows | more), log) == 0, log.read_text()
+        return [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
+
+    # Rows of 8, 8, 7 | 3 | 8 | 8, 3 | 2 tokens fill five sequences and one of 3 + 3 + 2: a step of six is a pass over all.
+    whole = losses("one", count, batch_size=6)
+    assert whole == [pytest.approx(total / count, rel=1e-10)]
+    assert "2 documents longer than 8 tokens split into 5 rows" in log.read_text()
+    assert len(losses("two", count + 1, batch_size=6)) == 2
+    assert losses("cut", 1, batch_size=99, data__too_long="truncate")[0] != pytest.approx(whole[0], rel=1e-3)
+
+
 def test_modes_of_ppo(world, tmp_path):
     log = tmp_path / "log"
     short = {"schedule__length": 2, "data__eval": "null"}

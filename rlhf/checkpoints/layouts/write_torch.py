@@ -118,6 +118,9 @@ def _splits(
 ):
     """(name, how a tensor of ours is taken apart, in words, whether every rank gets the same)"""
     written = names.written_names(style)[template]
+    routed = ours.replace("pre_mlp_layernorm", "mlp.router").replace(".bias", ".weight") in tensors
+    if template == names.MLP_NORM and style == "transformer-engine" and routed:
+        written = template  # the norm is fused into the one matrix after it, and here there are many
     dim = names.split_dimension(template, values.get("leaf"))
     if dim is None or grid.tensor == 1:
         return [(written, _alone, "copy to every rank" if grid.tensor > 1 else "copy", True)]

@@ -1,0 +1,101 @@
+"""The state of delayed scaling: plain tensors, moved forward between steps, saved and loaded strictly.
+
+Scales do not move within a step. In PPO a step is a whole iteration, so rollout, old log-probs and all epochs of the update see
+the same scales, which keeps the first ratio at exactly 1. Every rank takes the largest magnitude of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.errors import DataError
+from rlhf.fp8.linear import FP8Linear
+from rlhf.fp8.recipes import OPERANDS, Recipe
+from rlhf.fp8.scaling import scale_of
+
+FIELDS = ("amax_history", "scale")
+
+
+class DelayedLayer(Protocol):
+    """A layer, of whichever backend, whose scales are moved here; FP8Linear says what the tensors hold."""
+
+    recipe: Recipe
+    amax_history: Tensor
+    scale: Tensor
+    calibrating: bool
+
+
+def fp8_layers(model: nn.Module) -> dict[str, FP8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+
+
+def delayed_layers(model: nn.Module) -> dict[str, DelayedLayer]:
+    found = {name: module for name, module in model.named_modules() if getattr(module, "is_fp8", False)}
+    layers = {name: cast(DelayedLayer, module) for name, module in found.items()}
+    return {name: layer for name, layer in layers.items() if layer.recipe.delayed}
+
+
+@torch.no_grad()
+def advance(model: nn.Module, over_ranks: Callable[[Tensor], Tensor] = lambda amax: amax) -> None:
+    """Ends a step: scales follow from the history, and a new row of it begins.
+
+    Args:
+        over_ranks: (layers, 3) largest magnitudes of this rank -> those of all ranks.
+
+    Source: Transformer Engine 2.20, common/recipe/delayed_scaling.cu: the row at hand counts, then the history rolls by one.
+    """
+    layers = list(delayed_layers(model).values())
+    if not layers:
+        return
+    latest = over_ranks(torch.stack([layer.amax_history[0] for layer in layers]))
+    for layer, amax_now in zip(layers, latest, strict=True):
+        history, recipe = layer.amax_history, layer.recipe
+        history[0] = amax_now
+        amax = history.amax(0) if recipe.amax_algorithm == "max" else history[0]
+        for place, operand in enumerate(OPERANDS):
+            before = layer.scale[place].clone()
+            layer.scale[place] = scale_of(amax[place], recipe.format_of(operand), recipe.margin, before=before)
+        if len(history) > 1:
+            history.copy_(history.roll(-1, 0))
+        history[0].zero_()
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Forwards in here record magnitudes, gradients or not, under scales of their own; afterwards the scales are set."""
+    layers = list(delayed_layers(model).values())
+    for layer in layers:
+        layer.calibrating = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.calibrating = False
+    advance(model)
+
+
+def fp8_state(model: nn.Module) -> dict[str, Tensor]:
+    """All there is to save, by `layer.field`; empty for recipes without state."""
+    return {f"{name}.{field}": getattr(layer, field) for name, layer in delayed_layers(model).items() for field in FIELDS}
+
+
+@torch.no_grad()
+def load_fp8_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts saved state back.
+
+    Raises:
+        DataError: layers, or the length of the history, are not those it was saved from.
+    """
+    own = fp8_state(model)
+    if unlike := set(own) ^ set(tensors):
+        where = "is not in the model" if min(unlike) in tensors else "was not saved"
+        raise DataError(f"FP8 state: {min(unlike)} {where}; it belongs to another model, or to other fp8 settings")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise DataError(f"FP8 state: {name} is {tuple(tensors[name].shape)}, the model's {tuple(tensor.shape)}")
+        tensor.copy_(tensors[name])
