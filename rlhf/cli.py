@@ -5,7 +5,6 @@ Nothing here imports torch: parsing, checking and launching are quick, and the s
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -13,9 +12,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 from rlhf import paths
+from rlhf.config.arguments import Parser, positive
 from rlhf.errors import DataError, OutputError, RlhfError, UsageError
 
 STAGES = ("sft", "rm", "ppo")
@@ -28,9 +27,12 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
   ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
+  generate MODEL   replies to the prompts of a file        rlhf generate runs/ppo --data prompts.jsonl --output FILE
+  eval MODEL       loss, or accuracy, on held-out rows     rlhf eval runs/sft --data chats.jsonl --precision both
   show RUN         what a run was made from                rlhf show runs/ppo
   convert SRC DST  a checkpoint into another format        rlhf convert megatron/ model/ --to hf --verify
   vocab expand     new pieces for tokenizer and model      rlhf vocab expand MODEL DST --tokens FILE
+  fp8 ACTION       what FP8 does to your model             rlhf fp8 inspect MODEL --data chats.jsonl
   path STAGE       where a stage's recipe is               rlhf path ppo
   copy STAGE       a copy of the recipe, to edit           rlhf copy ppo my_ppo.py
 
@@ -92,9 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "generate": _generate,
+        "eval": _eval,
         "show": _show,
         "convert": _convert,
         "vocab": _vocab,
+        "fp8": _fp8,
         "path": _path,
         "copy": _copy,
     }
@@ -138,7 +143,7 @@ def _stage(stage: str, argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     from rlhf.runs.pipeline import Request, run_pipeline
 
-    parser = _Parser(RUN_USAGE)
+    parser = Parser(RUN_USAGE)
     parser.add_argument("pipeline")
     parser.add_argument("--output")
     parser.add_argument("--seed", type=int)
@@ -167,10 +172,30 @@ def _stage_flags(words: list[str]) -> dict[str, dict[str, str]]:
     return flags
 
 
+def _generate(argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+
+    invocation = parse("generate", argv)  # before the seconds that importing torch takes
+
+    from rlhf.training.generate_command import generate
+
+    return generate(invocation)
+
+
+def _eval(argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+
+    invocation = parse("eval", argv)
+
+    from rlhf.training.evaluate_command import evaluate
+
+    return evaluate(invocation)
+
+
 def _show(argv: list[str]) -> int:
     from rlhf.runs.show import describe_run, print_run
 
-    parser = _Parser("rlhf show RUN [--json]")
+    parser = Parser("rlhf show RUN [--json]")
     parser.add_argument("run", type=Path)
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args(argv)
@@ -183,7 +208,7 @@ def _show(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    parser = _Parser(CONVERT_USAGE)
+    parser = Parser(CONVERT_USAGE)
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--to", choices=("hf", "megatron", "te", "bf16", "fp8"), required=True)
@@ -192,7 +217,7 @@ def _convert(argv: list[str]) -> int:
     parser.add_argument("--rotary-base", type=float)
     parser.add_argument("--contiguous-gate", action="store_true")
     for ranks in ("tp", "pp", "vpp", "ep"):
-        parser.add_argument(f"--{ranks}", type=_positive, default=1)
+        parser.add_argument(f"--{ranks}", type=positive, default=1)
     parser.add_argument("--names", choices=("transformer-engine", "local", "legacy"), default="transformer-engine")
     parser.add_argument("--layout", choices=("torch", "torch_dist"), default="torch")
     parser.add_argument("--shard-gb", type=float, default=5)
@@ -203,6 +228,8 @@ def _convert(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.reference and not given.verify:
         raise UsageError("--reference: only --verify compares with it; give both")
+    if not 1e-9 <= given.shard_gb < 1e9:
+        raise UsageError("--shard-gb: expected a number above 0")
 
     from rlhf.checkpoints.command import convert
     from rlhf.checkpoints.convert import Request
@@ -243,12 +270,12 @@ def _merge(adapter: Path, destination: Path, to: str) -> int:
 
 
 def _vocab(argv: list[str]) -> int:
-    parser = _Parser(VOCAB_USAGE)
+    parser = Parser(VOCAB_USAGE)
     parser.add_argument("action", choices=("expand",))
     parser.add_argument("model")
     parser.add_argument("destination", type=Path)
     parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--multiple-of", type=_positive, default=1)
+    parser.add_argument("--multiple-of", type=positive, default=1)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true", dest="as_json")
     given = parser.parse_args(argv)
@@ -270,21 +297,21 @@ def _vocab(argv: list[str]) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
-    return int(text)
+def _fp8(argv: list[str]) -> int:
+    from rlhf.training.fp8 import words
+
+    return words.run(argv)
 
 
 def _path(argv: list[str]) -> int:
-    parser = _Parser("rlhf path STAGE")
+    parser = Parser("rlhf path STAGE")
     parser.add_argument("stage", choices=STAGES)
     print(_recipe(parser.parse_args(argv).stage))
     return 0
 
 
 def _copy(argv: list[str]) -> int:
-    parser = _Parser("rlhf copy STAGE [DEST]")
+    parser = Parser("rlhf copy STAGE [DEST]")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("destination", type=Path, nargs="?")
     arguments = parser.parse_args(argv)
@@ -305,13 +332,3 @@ def _recipe(stage: str) -> Path:
     if not recipe.is_file():
         raise DataError(f"{recipe}: missing; this installation of rlhf is broken, install it again")
     return recipe
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ours: one message, exit code 2."""
-
-    def __init__(self, usage: str) -> None:
-        super().__init__(prog="rlhf", usage=usage, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n{self.usage}")

@@ -6,6 +6,10 @@ Child processes inherit the environment, so the stages run under the same rules.
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import apart
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,3 +18,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # A picture drawn in a test opens no window.
 os.environ["MPLBACKEND"] = "Agg"
+
+TRANSFORMER_ENGINE = ("transformer_engine==2.20.2", "onnxscript", "onnx", "onnx-ir", "ml_dtypes", "nvdlfw_inspect", "einops")
+
+
+@pytest.fixture(scope="session")
+def transformer_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its pure-Python wheel, and what that imports, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("transformer-engine")
+    return apart.install(folder, *TRANSFORMER_ENGINE, "importlib_metadata", "zipp")

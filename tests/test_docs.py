@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config.parse import parse
-from rlhf.config.schema import STAGES, PpoConfig, Section
+from rlhf.config.parse import SCHEMAS, parse
+from rlhf.config.schema import PpoConfig, Section
 from rlhf.paths import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +46,12 @@ def test_readme_commands_run(command, user):
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in user.rglob("*")) == before  # a dry run touches nothing; the unit test cleans up
+
+
+@pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf ((?:generate|eval) .*)", README, re.M))
+def test_other_commands_parse(command):
+    name, *words = command.split()
+    assert parse(name, words).config
 
 
 def test_readme_has_commands():
@@ -108,5 +114,5 @@ def test_every_field_is_described():
             else:
                 yield f"{model.__name__}.{name}", field.description
 
-    missing = [name for stage in STAGES.values() for name, text in fields(stage) if not text]
+    missing = [name for schema in SCHEMAS.values() for name, text in fields(schema) if not text]
     assert not missing

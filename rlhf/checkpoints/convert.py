@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints import families, fp8_weights, hugging_face, megatron, names, sizes
+from rlhf.checkpoints import agreement, computed, families, fp8_weights, hugging_face, megatron, names, sizes
 from rlhf.checkpoints.directory import is_megatron, is_torch_dist
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
@@ -21,7 +22,7 @@ from rlhf.checkpoints.operations import concatenated
 from rlhf.checkpoints.plan import Check, Target
 from rlhf.checkpoints.sizes import Grid, Sizes
 from rlhf.checkpoints.stored import Checkpoint, Stored, derived
-from rlhf.errors import DataError
+from rlhf.errors import DataError, UsageError
 
 To = Literal["hf", "megatron", "te", "bf16", "fp8"]
 
@@ -58,10 +59,6 @@ class Conversion:
     warnings: list[str]
 
 
-INEXACT = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh")
-"""Approximations of GELU, which differ from it by up to 1e-3."""
-
-
 def plan(request: Request) -> Conversion:
     """Everything a conversion will do, from names and shapes alone; nothing is written.
 
@@ -69,13 +66,13 @@ def plan(request: Request) -> Conversion:
         DataError: the source is not what it should be; the message names the tensor or the file.
         UsageError: what is asked for does not fit the model.
     """
-    if not request.source.exists():
-        raise DataError(f"{request.source}: no such directory")
+    _source_is_a_model(request.source)
+    of_megatron = is_megatron(request.source)
+    _flags_have_a_meaning(request, of_megatron)
     if request.to in ("bf16", "fp8"):
         return _plan_precision(request)
     if is_torch_dist(request.source) and (heap := torch_dist.read_heap(request.source)) and not _is_megatrons(heap):
         return _plan_merge(request, heap)
-    of_megatron = is_megatron(request.source)
     config_home = _config_home(request, of_megatron)
     config = read_config(config_home) if config_home else {}
     family = (
@@ -85,39 +82,85 @@ def plan(request: Request) -> Conversion:
         if config
         else None
     )
+    if family and config:
+        agreement.agree_with_config(family, config, str((config_home or request.source) / CONFIG))
     read = _read_megatron if of_megatron else _read_hugging_face
     source = read(request, family, config)
     heads = source.heads
     assert heads is not None
+    agreement.agree_with_args(source, str(request.source))
     family = family or _recognised(source)
+    agreement.agree(source, family, config, str(request.source))
     seen = sizes.measured(source.tensors, heads)
     told = {**sizes.of_args(source.args), **(sizes.of_config(family, config) if config else {})}
+    if request.rotary_base and "rotary_base" not in family.sizes:
+        raise UsageError(f"--rotary-base: a {family.name} model has none")
     if request.rotary_base:
         told["rotary_base"] = request.rotary_base
+    warnings = list(source.warnings)
+    if family.mapping_only:
+        warnings.append(f"{family.name}: tensor mapping only, --verify cannot prove it: {family.mapping_only}")
     if config:
+        warnings += sizes.overridden(source.args, sizes.of_config(family, config), family, request.rotary_base is not None)
         sizes.agree(seen, told, family, str((config_home or request.source) / CONFIG))
     vocabulary = told.get("vocabulary") or _true_vocabulary(source.args) or seen["vocabulary"]
     known: Sizes = {**told, **seen, "vocabulary": vocabulary, "tied": seen["tied"]}
     source = _with_vocabulary(source, vocabulary)
     dtype = source.tensors[names.EMBEDDING].dtype
-    warnings = list(source.warnings)
     tensors, checks = _placed(source, family)
+    strange = computed.unusual(source.args, family)
+    warnings += computed.unconfirmed(strange, config) if config else ()
     if request.to == "hf":
         target = hugging_face.lay_out(tensors, family, heads, request.shard_bytes)
         if not config:
-            config = sizes.config_json(family, known, dtype)
+            said = computed.as_config(strange, str(request.source))
+            said |= agreement.as_config(family, tensors)
+            config = sizes.config_json(family, known, dtype, said)
             warnings.append(f"config.json is made from the tensors and Megatron's args; family {family.name}")
-        if request.rotary_base:
-            config = sizes.with_rotary_base(family, config, request.rotary_base)
-    else:
-        target = _megatron_target(request, tensors, source, family, known, dtype)
-        if (activation := _activation(config)) in INEXACT:
-            warnings.append(
-                f"the model's activation is {activation}; Megatron computes the exact GELU unless it is told otherwise"
-            )
+    if request.rotary_base and config:
+        config = sizes.with_rotary_base(family, config, request.rotary_base)
+    if request.to != "hf":
+        target = _megatron_target(request, tensors, source, family, known, dtype, config)
+        warnings += computed.not_as_args(config, family)
     target.texts[CONFIG] = json.dumps(config, indent=2) + "\n" if config else ""
     carried = _carried(config_home or request.source)
     return Conversion(request, source, target, checks, family, config, carried, warnings)
+
+
+def _source_is_a_model(source: Path) -> None:
+    if not source.exists():
+        raise DataError(f"{source}: no such directory")
+    if not source.is_dir():
+        raise DataError(f"{source}: a file; SRC is the directory of a model, here perhaps {source.parent}")
+    if not is_megatron(source) and not (source / CONFIG).is_file():
+        raise DataError(
+            f"{source}: neither Megatron (latest_checkpointed_iteration.txt, mp_rank_*, .metadata) nor Hugging Face ({CONFIG})"
+        )
+
+
+def _flags_have_a_meaning(request: Request, of_megatron: bool) -> None:
+    """No flag is passed over in silence.
+
+    Raises:
+        UsageError: a value that is no size, or a flag that has no effect beside the others.
+    """
+    for flag, number in (("--rotary-base", request.rotary_base), ("--shard-gb", request.shard_bytes)):
+        if number is not None and not 0 < number < math.inf:
+            raise UsageError(f"{flag}: expected a number above 0")
+    spread = request.grid != Grid() or request.layout != "torch"
+    own_names = request.names != Request.names
+    of_precision = request.to in ("bf16", "fp8")
+    about_the_model = request.family or request.config or request.rotary_base
+    for flag, idle, why in (
+        ("--tp, --pp, --vpp, --ep and --layout", spread and request.to not in ("megatron", "te"), f"--to {request.to}"),
+        ("--names", own_names and request.to != "megatron", f"--to {request.to}"),
+        ("--layout torch_dist", request.layout == "torch_dist" and request.to == "te", "--to te"),
+        (f"--names {request.names}", own_names and request.names == "legacy" and request.layout == "torch_dist", "torch_dist"),
+        ("--contiguous-gate", request.contiguous_gate and not of_megatron, "a source that is not Megatron's"),
+        ("--family, --config and --rotary-base", bool(about_the_model) and of_precision, f"--to {request.to}"),
+    ):
+        if idle:
+            raise UsageError(f"{flag}: has no meaning with {why}")
 
 
 def _is_megatrons(heap: Heap) -> bool:
@@ -127,7 +170,7 @@ def _is_megatrons(heap: Heap) -> bool:
 
 def _plan_merge(request: Request, heap: Heap) -> Conversion:
     """A Hugging Face model that FSDP saved in shards (SHARDED_STATE_DICT), as one directory."""
-    home = request.config
+    home = _config_home(request, of_megatron=False) if request.config else None
     if request.to != "hf" or home is None:
         raise DataError(
             f"{request.source}: sharded weights of a training run; they become a model with --to hf and --config, the Hugging "
@@ -153,15 +196,13 @@ def _plan_merge(request: Request, heap: Heap) -> Conversion:
     return Conversion(request, source, target, [], None, config, _carried(home), [])
 
 
-def _activation(config: Mapping[str, Any]) -> str:
-    keys = ("hidden_act", "activation_function", "activation")
-    return next((config[key] for key in keys if config.get(key)), "gelu_tanh" if config.get("model_type") == "bloom" else "")
-
-
 def _config_home(request: Request, of_megatron: bool) -> Path | None:
     """Where the model's config.json is: as told, in the source, or (carried along by a converter) beside its iterations."""
     if request.config:
-        return request.config if request.config.is_dir() else request.config.parent
+        home = request.config.parent if request.config.name == CONFIG else request.config
+        if not (home / CONFIG).is_file():
+            raise DataError(f"--config {request.config}: expected a directory with a {CONFIG}, or that file")
+        return home
     if not of_megatron:
         return request.source
     return next((place for place in (request.source, request.source.parent) if (place / CONFIG).is_file()), None)
@@ -173,7 +214,9 @@ def _read_hugging_face(request: Request, family: Family | None, config: Mapping[
 
 def _read_megatron(request: Request, family: Family | None, config: Mapping[str, Any]) -> Checkpoint:
     told = sizes.of_config(family, config) if family and config else {}
-    reading = megatron.Reading(told.get("heads"), told.get("tied"), request.contiguous_gate)
+    division = hugging_face.heads_of(config, family, request.source) if family and told.get("heads") else None
+    groups = division.groups if division else None
+    reading = megatron.Reading(told.get("heads"), groups, told.get("tied"), request.contiguous_gate)
     return megatron.read_megatron(request.source, reading)
 
 
@@ -185,11 +228,8 @@ def _recognised(source: Checkpoint) -> Family:
     """
     fitting = []
     for family in families.families().values():
-        used = {template for name in source.tensors if (template := _template_in(family, name))}
         takes_all = all(_template_in(family, name) for name in source.tensors)
-        contradicted = any(source.args.get(name) not in (None, value) for name, value in family.args.items())
-        needed = {template for template in family.tensors if "{leaf}" not in template and template != names.HEAD}
-        if takes_all and not contradicted and needed <= used and not family.mapping_only:
+        if takes_all and not family.mapping_only and not agreement.contradiction(source, family, {}):
             fitting.append(family)
     if len(fitting) == 1:
         return fitting[0]
@@ -249,7 +289,13 @@ def _placed(source: Checkpoint, family: Family) -> tuple[dict[str, Stored], list
 
 
 def _megatron_target(
-    request: Request, tensors: dict[str, Stored], source: Checkpoint, family: Family, known: Sizes, dtype: torch.dtype
+    request: Request,
+    tensors: dict[str, Stored],
+    source: Checkpoint,
+    family: Family,
+    known: Sizes,
+    dtype: torch.dtype,
+    config: Mapping[str, Any],
 ) -> Target:
     assert source.heads is not None
     style = "transformer-layer" if request.to == "te" else request.names
@@ -258,7 +304,8 @@ def _megatron_target(
     tensors = {
         name: _padded(stored, padded) if name in (names.EMBEDDING, names.HEAD) else stored for name, stored in tensors.items()
     }
-    args = sizes.args_namespace(family, known, tensors, request.grid, padded, dtype, style, request.layout)
+    about = agreement.args_of(family, config) | computed.unusual(source.args, family) | computed.as_args(config)
+    args = sizes.args_namespace(about, known, tensors, request.grid, padded, dtype, style, request.layout)
     if request.layout == "torch_dist":
         return torch_dist.lay_out(tensors, style, args)
     return write_torch.lay_out(tensors, source.heads, request.grid, style, args)

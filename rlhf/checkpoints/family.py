@@ -9,6 +9,8 @@ from typing import Any
 from rlhf.checkpoints.operations import Operation
 
 NOT_HERE = object()
+ALSO = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+"""Keys of config.json that transformers renamed in some families: the one may stand for the other."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Family:
     """what Megatron's args say of such a model; a checkpoint that says otherwise is of another family"""
     groups: Callable[[Mapping[str, Any]], int | None] | None = None
     """the number of key and value heads from a config.json, where no one key holds it"""
+    as_groups: Callable[[int, int], Mapping[str, Any]] | None = None
+    """the reverse: what a config.json says of so many heads and groups"""
     when: Callable[[Mapping[str, Any]], bool] | None = None
     """which config.json of this model_type is meant, where the table fits only some"""
     optional_prefix: str = ""
     """a prefix that old uploads leave out"""
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """keys of config.json that say whether there are biases, and the matrices they speak of; `constants` has their defaults.
+    Without, `args` say it"""
     ignored: tuple[str, ...] = ()
     """Hugging Face tensors that hold no weights (names with holes)"""
     mapping_only: str = ""
@@ -45,5 +52,5 @@ class Family:
         """A size by our word for it, from a config.json."""
         found: Any = config
         for key in self.sizes[name].split(".") if name in self.sizes else ():
-            found = found.get(key, NOT_HERE) if isinstance(found, Mapping) else NOT_HERE
+            found = found.get(key, found.get(ALSO.get(key), NOT_HERE)) if isinstance(found, Mapping) else NOT_HERE
         return self.defaults.get(name) if found is NOT_HERE or found is config else found

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlhf.checkpoints.computed import as_args
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
 from rlhf.checkpoints.stored import Stored
@@ -128,10 +129,16 @@ class MegatronForward:
             scores = scores + self._slopes(scores.shape[1] * per_group, len(contexts)).view(-1, per_group, 1, 1) * torch.arange(
                 length
             )
-            scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+            scores = scores.masked_fill(self._unseen(length), -math.inf)
             context = torch.einsum("bghts,bgsd->bghtd", scores.softmax(-1), v)
             contexts.append(context.permute(0, 3, 1, 2, 4).reshape(batch, length, -1))
         return self._rows(torch.cat(contexts, -1), f"{name}.linear_proj")
+
+    def _unseen(self, length: int) -> Tensor:
+        """(T, T), true where a token does not see another: those after it, and those before its sliding window."""
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        window = as_args(self.config).get("window_size")
+        return ~(seen.triu(-window[0]) if window else seen)
 
     def _head_norm(self, x: Tensor, name: str) -> Tensor:
         return self._normed(x, name) if f"{name}.weight" in self.tensors else x

@@ -2,6 +2,9 @@
 
 Source: DeepSeek-V3, inference/fp8_cast_bf16.py: `X.weight` in E4M3 and `X.weight_scale_inv`, one FP32 factor for each block of
 128 x 128 (the last of a row or column may be smaller); a weight is its code times its block's factor.
+
+What is written is more careful than what is read: inference engines (transformers 5.23, vLLM) want whole blocks, and matrices
+they fuse in one precision.
 """
 
 from __future__ import annotations
@@ -18,12 +21,21 @@ from rlhf.checkpoints.hugging_face import lay_out_as_named
 from rlhf.checkpoints.plan import Target
 from rlhf.checkpoints.stored import Stored, derived
 from rlhf.errors import DataError
+from rlhf.fp8.formats import E4M3
+from rlhf.fp8.scaling import encode_tiles
 
 BLOCK = 128
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SCALE = "_scale_inv"
 IN_FP8 = re.compile(r"\.(layers|h|blocks)\.\d+\..*\.weight$")
 KEPT = re.compile(r"norm|ln_|embed|router|(mlp|block_sparse_moe)\.gate\.weight$|shared_expert_gate")
+TRANSPOSED = ("gpt2",)
+"""Families of transformers whose matrices lie the other way round (Conv1D), which no engine reads in FP8."""
+FUSED = (
+    (re.compile(r"\b(?:q|k|v)_proj\.weight$"), "qkv_proj"),
+    (re.compile(r"\b(?:gate|up)_proj\.weight$"), "gate_up_proj"),
+    (re.compile(r"\.experts\..*"), ".experts"),
+)
+"""Matrices that engines hold as one, and what that is called; they have one precision."""
 
 
 def dequantised(codes: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
@@ -35,15 +47,13 @@ def dequantised(codes: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, 
     return (codes.float() * spread).bfloat16()
 
 
-def quantised(weight: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[Tensor, Tensor]:
-    """(E4M3 codes, FP32 factors) of weights (R, C): each block's largest magnitude becomes the largest code."""
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
-    blocks = padded.view(padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
-    largest = blocks.abs().amax((1, 3))
-    scales = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
-    codes = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.view(padded.shape)[:rows, :columns].contiguous(), scales
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(E4M3 codes, FP32 factors) of weights (R, C).
+
+    Factors are powers of two, as in recipe `block`: a model trained in it computes with the very numbers stored here, and
+    BF16 holds each of them exactly.
+    """
+    return encode_tiles(weight, E4M3, (BLOCK, BLOCK), "power_of_two")
 
 
 def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_bytes: int) -> tuple[Target, dict[str, Any]]:
@@ -59,12 +69,13 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
         if key.endswith(SCALE):
             if key.removesuffix(SCALE) not in tensors:
                 raise DataError(f"{stored.origins[0]}: the weight it belongs to is missing")
+            if (other := tensors[key.removesuffix(SCALE)].dtype) != torch.float8_e4m3fn:
+                raise DataError(f"{stored.origins[0]}: factors of a weight in {other}, expected torch.float8_e4m3fn")
         elif stored.dtype == torch.float8_e4m3fn:
             if key + SCALE not in tensors:
                 raise DataError(f"{stored.origins[0]}: is FP8, and {key}{SCALE} is missing")
             take = partial(_pair, block=(rows, columns))
-            how = "codes times the factor of their block"
-            plain[key] = derived([stored, tensors[key + SCALE]], take, how, of_several_types=True)
+            plain[key] = derived([stored, tensors[key + SCALE]], take, "codes times the factor of their block")
         else:
             plain[key] = stored
     if len(plain) == len(tensors):
@@ -74,16 +85,53 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
 
 
 def plan_fp8(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_bytes: int) -> tuple[Target, dict[str, Any]]:
-    """The matrices inside the layers as E4M3 with block factors; embeddings, head, norms and routers stay as they are."""
+    """The matrices inside the layers as E4M3 with block factors; embeddings, head, norms and routers stay as they are.
+
+    So does a matrix whose blocks would not all be whole, and whatever is fused with it; config.json names what stays.
+
+    Raises:
+        DataError: no matrix can be stored so, or the model is in FP8 already.
+    """
+    if config.get("model_type") in TRANSPOSED:
+        raise DataError(f"--to fp8: {config['model_type']} holds its matrices transposed (Conv1D); no engine reads that in FP8")
+    if stored_so := [stored for stored in tensors.values() if stored.dtype == torch.float8_e4m3fn]:
+        raise DataError(f"{stored_so[0].origins[0]}: is FP8 already; --to bf16 undoes that")
+    matrices = {key: stored for key, stored in tensors.items() if len(stored.shape) == 2 and key.endswith(".weight")}
+    plain = {_fused(key) for key, stored in matrices.items() if not _fits(key, stored.shape)}
     entries: dict[str, Stored] = {}
     for key, stored in tensors.items():
-        if IN_FP8.search(key) and not KEPT.search(key) and len(stored.shape) == 2:
+        if key in matrices and _fused(key) not in plain:
             entries[key] = derived([stored], lambda parts: quantised(parts[0])[0], "codes of each block")
             entries[key + SCALE] = derived([stored], lambda parts: quantised(parts[0])[1], "factors of each block")
         else:
             entries[key] = stored
-    about = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    if len(entries) == len(tensors):
+        raise DataError(f"--to fp8: no matrix inside the layers is a multiple of {BLOCK} x {BLOCK}; engines take no others")
+    kept = sorted({_module(key) for key in matrices if _fused(key) in plain})
+    about = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": kept,  # transformers' name for it
+        "ignored_layers": kept,  # vLLM's
+    }
     return lay_out_as_named(entries, "Hugging Face, FP8 in blocks", shard_bytes), {**config, "quantization_config": about}
+
+
+def _fits(key: str, shape: tuple[int, ...]) -> bool:
+    return bool(IN_FP8.search(key)) and not KEPT.search(key) and not any(size % BLOCK for size in shape)
+
+
+def _fused(key: str) -> str:
+    """The matrix of an engine that a matrix of ours goes into."""
+    for parts, whole in FUSED:
+        key = parts.sub(whole, key)
+    return key
+
+
+def _module(key: str) -> str:
+    return re.sub(r"(\.experts)\..*", r"\1", key).removesuffix(".weight")
 
 
 def _pair(parts: list[Tensor], block: tuple[int, int]) -> Tensor:

@@ -40,6 +40,8 @@ CARRIED = (
     "chat_template.*",
     "spiece.model",
     "sentencepiece*",
+    "*.tiktoken",
+    "ice_text.model",
 )
 """What stands beside the weights and goes along with them."""
 
@@ -72,44 +74,53 @@ def read_tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of a directory's weights, mapped, under its own name.
 
     Raises:
-        DataError: there are no weights, a file is missing or cut short, or a tensor is in two.
+        DataError: there are no weights, a file is missing or cut short, a tensor is in two, or in another than the index says.
     """
-    files = _weight_files(directory)
+    index, files = _weight_files(directory)
     tensors: dict[str, Stored] = {}
+    where: dict[str, str] = {}
     for file in files:
         for key, tensor in _opened(file):
             if key in tensors:
-                raise DataError(f"{file}: {key} is also in {tensors[key].origins[0].partition(': ')[0]}")
+                raise DataError(f"{file}: {key} is also in {where[key]}")
             tensors[key] = whole(tensor, f"{file}: {key}")
+            where[key] = file.name
+    if index is not None:
+        named = _weight_map(index)
+        for key in sorted({*named, *where}):
+            if named.get(key) != where.get(key):
+                raise DataError(f"{index}: says {key} is in {named.get(key, 'no file')}; it is in {where.get(key, 'none')}")
     return tensors
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path) -> tuple[Path | None, list[Path]]:
+    """(the index, where there is one; the files it names, or the only one)"""
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (directory / index).is_file():
-            names_of_files = _named_in(directory / index)
+            names_of_files = sorted(set(_weight_map(directory / index).values()))
             for name in names_of_files:
                 if Path(name).name != name:
                     raise DataError(f"{directory / index}: {name!r} leads out of the directory")
                 if not (directory / name).is_file():
                     raise DataError(f"{directory / name}: missing, {index} names it")
-            return [directory / name for name in names_of_files]
+            return directory / index, [directory / name for name in names_of_files]
         if (directory / single).is_file():
-            return [directory / single]
+            return None, [directory / single]
     raise DataError(f"{directory}: no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards")
 
 
-def _named_in(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file each tensor is in."""
     try:
-        found = set(json.loads(index.read_text())["weight_map"].values())
-        if not all(isinstance(name, str) for name in found):
-            raise TypeError("a file that is no name")
-        return sorted(found)
+        found = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(file, str) for file in found.values()):
+            raise TypeError("a file's name is no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index}: not an index of weights: expected weight_map, a file for each tensor ({error!r})") from error
+    return found
 
 
 def _opened(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -146,8 +157,9 @@ def read_hugging_face(directory: Path, family: Family | None = None) -> Checkpoi
     family = family or family_of(config, str(directory / CONFIG))
     tensors = read_tensors(directory)
     heads = heads_of(config, family, directory)
-    ignored = [key for key in tensors if any(match(template, key) is not None for template in family.ignored)]
-    own = {_with_prefix(key, family): stored for key, stored in tensors.items() if key not in ignored}
+    prefixed = {_with_prefix(key, family): stored for key, stored in tensors.items()}
+    ignored = [key for key in prefixed if any(match(template, key) is not None for template in family.ignored)]
+    own = {key: stored for key, stored in prefixed.items() if key not in ignored}
     groups = {group.ours: group for group in collect(own, tuple(family.tensors.items()), str(directory))}
     copies = {}
     if family.size(config, "tied") and names.HEAD in groups:
@@ -159,7 +171,7 @@ def read_hugging_face(directory: Path, family: Family | None = None) -> Checkpoi
         format=f"Hugging Face, {config.get('model_type')}",
         tensors=ours,
         skipped=tuple(f"{key}: no weights of its own" for key in ignored),
-        files=tuple(str(file) for file in _weight_files(directory)),
+        files=tuple(str(file) for file in _weight_files(directory)[1]),
         copies=copies,
         heads=heads,
     )

@@ -10,13 +10,13 @@ when it is asked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf.checkpoints import names
@@ -29,6 +29,9 @@ from rlhf.checkpoints.stored import Checkpoint, Stored, alike, derived
 from rlhf.checkpoints.templates import fill
 from rlhf.errors import DataError
 
+OLD_QKV = re.compile(r"\.query_key_value\.(weight|bias)$")
+"""The only matrix whose rows an old checkpoint_version orders otherwise; core's linear_qkv was never in those orders."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -36,6 +39,8 @@ class Reading:
 
     heads: int | None = None
     """query heads, from a config.json; without it `args` must say"""
+    groups: int | None = None
+    """groups of keys and values, from a config.json"""
     tied: bool | None = None
     """whether the head is the embedding; without it `args` must say, or a head that is there is one of its own"""
     contiguous_gate: bool = False
@@ -54,11 +59,12 @@ def read_megatron(path: Path, reading: Reading | None = None) -> Checkpoint:
     heap = layout.read_heap(directory)
     groups, copies, notes = _sorted(heap, reading)
     heads = _heads(heap, groups, reading)
+    shared = _keys_on_every_rank(heap, groups, heads)
     tensors = {}
     for ours in in_order(groups):
-        tensors[ours] = _ours(groups[ours], groups, heap, heads, reading)
+        tensors[ours] = _ours(groups[ours], groups, heap, heads, reading, shared)
     complete(tensors, str(directory))
-    _agree(tensors, heap.args, directory)
+    _agree(tensors, heap.args, heads, directory)
     warnings = _warnings(heap, groups, reading)
     return Checkpoint(
         heap.format, tensors, heap.args, (*heap.skipped, *notes), warnings, heap.tensor_parallel, heap.files, copies, heads
@@ -88,17 +94,22 @@ def _sorted(heap: Heap, reading: Reading) -> tuple[dict[str, Group], dict[str, t
 
 def _heads(heap: Heap, groups: Mapping[str, Group], reading: Reading) -> Heads:
     """How attention is divided: heads as told, groups off the tensors."""
-    heads = reading.heads or heap.args.get("num_attention_heads")
+    own = heap.args.get("num_attention_heads")
+    heads = reading.heads or own
     if not heads:
         raise DataError(f"{heap.place}: the number of attention heads is not in its args; give --config")
+    if own not in (None, heads):
+        raise DataError(
+            f"{heap.place}: args.num_attention_heads is {own}, config.json says {heads}; is it the config of this model?"
+        )
     first = {"layer": "0", "leaf": "weight"}
     proj, fused = groups.get(fill(names.PROJ, first)), groups.get(fill(names.QKV, first))
     if proj is None or fused is None:
         raise DataError(f"{heap.place}: layer 0 has no attention matrices")
+    told = heap.args.get("num_query_groups") if heap.args.get("group_query_attention") else None
     width, rest = divmod(_total(heap, proj.keys[0], 1), heads)
     if isinstance(fused.operation, QueryAndKeyValue):
-        ranks = heap.tensors[fused.keys[1]]
-        rows = ranks[0].shape[0] * (1 if _replicated(ranks) else len(ranks)) // 2
+        rows = _rows_of_keys(heap, fused.keys[1], width, reading.groups or told)
     else:
         rows = sum(_total(heap, key, 0) for key in fused.keys)
         rows = (rows - heads * width) // 2
@@ -108,28 +119,42 @@ def _heads(heap: Heap, groups: Mapping[str, Group], reading: Reading) -> Heads:
             f"{heap.place}: {heads} attention heads do not fit its matrices (attention output takes in {heads * width + rest}, "
             f"keys have {rows} rows); is it the right --config?"
         )
-    told = heap.args.get("num_query_groups") if heap.args.get("group_query_attention") else None
-    if told not in (None, number):
-        raise DataError(f"{heap.place}: args.num_query_groups is {told}, its tensors hold {number} groups")
+    for place, said in (("args.num_query_groups", told), ("the number of groups in config.json", reading.groups)):
+        if said not in (None, number):
+            raise DataError(f"{heap.place}: {place} is {said}, its tensors hold {number} groups")
     return Heads(int(heads), number)
+
+
+def _rows_of_keys(heap: Heap, key: str, width: int, told: int | None) -> int:
+    """Rows of all keys, which lie with the values. One group on each rank is the one group of all, or one of several."""
+    ranks = heap.tensors[key]
+    if len(ranks) > 1 and ranks[0].shape[0] == 2 * width:
+        if told not in (1, len(ranks)):
+            raise DataError(
+                f"{heap.place}: each rank's {key} holds one group of keys and values; whether it is the same one on all "
+                "is not in its args; give --config"
+            )
+        return width * told
+    return _total(heap, key, 0) // 2
+
+
+def _keys_on_every_rank(heap: Heap, groups: Mapping[str, Group], heads: Heads) -> bool:
+    """Whether every rank holds the one group of keys and values that all queries share."""
+    fused = groups[fill(names.QKV, {"layer": "0", "leaf": "weight"})]
+    return isinstance(fused.operation, QueryAndKeyValue) and heads.groups == 1 and len(heap.tensors[fused.keys[1]]) > 1
 
 
 def _total(heap: Heap, key: str, dim: int) -> int:
     return sum(rank.shape[dim] for rank in heap.tensors[key])
 
 
-def _replicated(ranks: Sequence[Stored]) -> bool:
-    """Whether every rank holds the one group of keys and values that all queries share."""
-    return len(ranks) > 1 and all(torch.equal(ranks[0].read(), rank.read()) for rank in ranks[1:])
-
-
-def _ours(group: Group, groups: Mapping[str, Group], heap: Heap, heads: Heads, reading: Reading) -> Stored:
+def _ours(group: Group, groups: Mapping[str, Group], heap: Heap, heads: Heads, reading: Reading, shared_keys: bool) -> Stored:
     template, values = names.template_of(group.ours)
     dim = names.split_dimension(template, values.get("leaf"))
     fused = (
         template in names.GATED_PAIRS and isinstance(group.operation, Copy) and _gated(template, values, group, groups, heap)
     )
-    old_order = template == names.QKV and isinstance(group.operation, Copy) and heap.version < 2
+    old_order = heap.version < 2 and OLD_QKV.search(group.keys[0]) is not None
     members = []
     for position, key in enumerate(group.keys):
         ranks = heap.tensors[key]
@@ -137,15 +162,17 @@ def _ours(group: Group, groups: Mapping[str, Group], heap: Heap, heads: Heads, r
             how = f"order of version {heap.version:g}"
             order = partial(_first_modern, version=heap.version, heads=heads.heads // len(ranks))
             ranks = tuple(derived([rank], order, how) for rank in ranks)
-        shared = isinstance(group.operation, QueryAndKeyValue) and position == 1 and _replicated(ranks)
+        shared = isinstance(group.operation, QueryAndKeyValue) and position == 1 and shared_keys
         members.append(_joined(ranks, None if shared else dim, fused and not reading.contiguous_gate))
     if isinstance(group.operation, Copy):
         joined, before = members[0], heap.tensors[group.keys[0]]
     else:
         operation = group.operation
         joined, before = derived(members, lambda parts: operation.join(parts, heads), operation.how), ()
-    if heap.args.get("apply_layernorm_1p") and "norm" in template and values.get("leaf") == "weight":
-        joined, before = derived([joined], lambda parts: parts[0] + 1, "add 1 (layernorm-1p)"), ()
+    less_one = heap.args.get("apply_layernorm_1p") or heap.args.get("layernorm_zero_centered_gamma")  # 0.16 calls it this
+    if less_one and "norm" in template and group.ours.endswith(".weight"):
+        # In float32: near 1 a bf16 step is 2^-7, and the stored difference is mostly finer than that.
+        joined, before = derived([joined], lambda parts: parts[0].float() + 1, "add 1 in float32 (layernorm-1p)"), ()
     ranks = before if dim is not None and len(before) > 1 else ()
     return Stored(joined.shape, joined.dtype, joined.read, joined.origins, joined.how, ranks)
 
@@ -168,7 +195,7 @@ def _joined(ranks: Sequence[Stored], dim: int | None, gated: bool) -> Stored:
     return derived(ranks, partial(join_ranks, dim=dim, gated=gated), how)
 
 
-def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], directory: Path) -> None:
+def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], heads: Heads, directory: Path) -> None:
     """What the tensors say and what `args` say are the same."""
     embedding = tensors[names.EMBEDDING].shape
     numbers = {int(values["layer"]) for name in tensors if "layer" in (values := names.template_of(name)[1])}
@@ -176,6 +203,7 @@ def _agree(tensors: Mapping[str, Stored], args: Mapping[str, Any], directory: Pa
     measured = {
         "num_layers": len(numbers),
         "hidden_size": embedding[1],
+        "kv_channels": tensors[fill(names.PROJ, {"layer": "0", "leaf": "weight"})].shape[1] // heads.heads,
         "padded_vocab_size": embedding[0],
         **({"ffn_hidden_size": fc2.shape[1]} if fc2 else {}),
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf.checkpoints import names
+from rlhf.checkpoints.agreement import biases, moe_layer_freq
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Heads
 from rlhf.checkpoints.stored import Stored
@@ -72,7 +73,7 @@ def measured(tensors: Mapping[str, Stored], heads: Heads) -> Sizes:
         "vocabulary": tensors[names.EMBEDDING].shape[0],
         "positions": width(names.POSITIONS, 0),
         "tied": names.HEAD not in tensors,
-        "experts": tensors[fill(names.ROUTER, first)].shape[0] if fill(names.ROUTER, first) in tensors else None,
+        "experts": width(names.ROUTER, 0),
         "expert_mlp": width(names.EXPERT_FC2, 1),
         "shared_mlp": width(names.SHARED_FC2, 1),
     }
@@ -115,8 +116,26 @@ def agree(seen: Sizes, told: Sizes, family: Family, place: str) -> None:
         )
 
 
-def config_json(family: Family, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json for a model that came without one.
+def overridden(args: Mapping[str, Any], told: Sizes, family: Family, rotary_base_given: bool) -> Iterator[str]:
+    """Warnings of what tensors cannot settle, and config.json, which counts, says otherwise than args.
+
+    Megatron-LM's own loader of Llama leaves rotary_base in args at 10000, whatever the model's is.
+    """
+    said = {name: args.get(argument) for name, argument in ARGS.items()}
+    said["norm_epsilon"] = said["norm_epsilon"] or args.get("layernorm_epsilon")
+    if args.get("num_experts") and args.get("moe_router_pre_softmax") is not None:
+        said["router_renormalised"] = not args["moe_router_pre_softmax"]
+    for name in ("rotary_base", "norm_epsilon", "experts_per_token", "router_renormalised"):
+        if name not in family.sizes or (name == "rotary_base" and rotary_base_given):
+            continue
+        if said.get(name) is not None and name in told and said[name] != told[name]:
+            argument = ARGS.get(name, "moe_router_pre_softmax")
+            found = args.get(argument, said[name])
+            yield f"its args say {argument} {found}, config.json's {family.sizes[name]} is {told[name]}, which counts"
+
+
+def config_json(family: Family, sizes: Sizes, dtype: torch.dtype, said: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json for a model that came without one; `said` is what else it says of this model.
 
     Raises:
         DataError: something it must say is known from nowhere.
@@ -135,32 +154,52 @@ def config_json(family: Family, sizes: Sizes, dtype: torch.dtype) -> dict[str, A
             for part in sections:
                 section = section.setdefault(part, {})
             section[last] = sizes.get(name, family.defaults.get(name))
+    config |= said
+    if family.as_groups:
+        config |= family.as_groups(sizes["heads"], sizes["groups"])
+    _as_implied(family, sizes, config)
     if "rotary_base" in sizes and "rotary_base" in family.sizes:
         config = with_rotary_base(family, config, sizes["rotary_base"])
     return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
+def _as_implied(family: Family, sizes: Sizes, config: Mapping[str, Any]) -> None:
+    """What config.json has no key for is what the family takes for granted."""
+    implied = {"head_width": sizes["hidden"] // sizes["heads"], "mlp": 4 * sizes["hidden"], "groups": sizes["heads"]}
+    if family.groups:
+        implied["groups"] = family.groups(config) or sizes["heads"]
+    for name, size in implied.items():
+        if name in sizes and name not in family.sizes and sizes[name] != size:
+            raise DataError(
+                f"the tensors have {ARGS[name]} {sizes[name]}, and a {family.name} config.json made here would mean {size}; "
+                "give --config, a Hugging Face directory of the same model, or another --family"
+            )
+
+
 def with_rotary_base(family: Family, config: Mapping[str, Any], base: float) -> dict[str, Any]:
     """The config with this rotary base in both places where it is looked for: transformers before and after version 5."""
-    section = {"rope_type": "default", **(config.get("rope_parameters") or {}), "rope_theta": float(base)}
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})  # the latter before version 5
+    kind = scaling.pop("type", "default")
+    section = {"rope_type": kind, **scaling, "rope_theta": float(base)}
     return {**config, family.sizes["rotary_base"]: float(base), "rope_parameters": section}
 
 
-def _biases(names_of_tensors: Collection[str]) -> dict[str, bool]:
-    """Which matrices have biases, as Megatron's args say it: Llama's may or may not."""
-    first = {"layer": "0", "expert": "0", "leaf": "bias"}
-    linear = any(fill(template, first) in names_of_tensors for template in (names.PROJ, names.FC1, names.EXPERT_FC1))
-    return {"add_bias_linear": linear, "add_qkv_bias": fill(names.QKV, first) in names_of_tensors}
-
-
 def args_namespace(
-    family: Family, sizes: Sizes, tensors: Collection[str], grid: Grid, padded: int, dtype: torch.dtype, style: str, layout: str
+    about: Mapping[str, Any],
+    sizes: Sizes,
+    tensors: Collection[str],
+    grid: Grid,
+    padded: int,
+    dtype: torch.dtype,
+    style: str,
+    layout: str,
 ) -> Namespace:
     """Megatron's args for the model, as far as they describe it."""
     told = {argument: sizes.get(name) for name, argument in ARGS.items()}
+    routing = {"moe_router_pre_softmax": not sizes.get("router_renormalised", True)}
     return Namespace(
-        **{**told, **family.args, **_biases(tensors)},
-        moe_router_pre_softmax=not sizes.get("router_renormalised", True),
+        **{**told, **routing, **about, **biases(tensors)},
+        moe_layer_freq=moe_layer_freq(tensors),
         group_query_attention=sizes["groups"] != sizes["heads"],
         untie_embeddings_and_output_weights=not sizes["tied"],
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,

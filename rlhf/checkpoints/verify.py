@@ -174,7 +174,8 @@ def _source(conversion: Conversion) -> MegatronForward:
 def _written(conversion: Conversion) -> MegatronForward:
     """What was written, read back and computed from its own tensors."""
     assert conversion.family is not None
-    told = sizes.of_config(conversion.family, conversion.config)
-    written = megatron.read_megatron(conversion.request.destination, megatron.Reading(told.get("heads"), told.get("tied")))
+    told, heads = sizes.of_config(conversion.family, conversion.config), conversion.source.heads
+    reading = megatron.Reading(told.get("heads"), heads.groups if heads else None, told.get("tied"))
+    written = megatron.read_megatron(conversion.request.destination, reading)
     assert written.heads is not None
     return MegatronForward(written.tensors, written.heads, conversion.family, conversion.config)

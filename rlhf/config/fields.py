@@ -142,9 +142,10 @@ def dotted(path: Path) -> str:
 
 def canonical(section: type[Section], flag: str) -> Path:
     """The field a flag means: short flags written out, dashes read as underscores, the keys of a mapping left alone."""
-    long = SHORT_FLAGS.get(flag.replace("-", "_"), "")
-    if long in leaves(section):
-        return tuple(long.split("."))
+    short = flag.replace("-", "_")
+    for long, its_short in SHORT_FLAGS.items():
+        if its_short == short and long in leaves(section):
+            return tuple(long.split("."))
     path: Path = ()
     parts = flag.split(".")
     for index, part in enumerate(parts):
@@ -157,7 +158,7 @@ def canonical(section: type[Section], flag: str) -> Path:
 
 def flag_for(name: str) -> str:
     """The shortest flag that gives a field."""
-    return "--" + next((short for short, long in SHORT_FLAGS.items() if long == name), name)
+    return "--" + SHORT_FLAGS.get(name, name)
 
 
 def suggestion(section: type[Section], path: Path, other_flags: Sequence[str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The command line of a stage: its own flags, and every field of its schema by dotted name.
+"""The command line of a stage, or of a command with a config: its own flags, and every field of its schema by dotted name.
 
 `rlhf ppo ...` and the launched `stages/ppo.py ...` both parse with it, the second without the launch flags. tyro is
 imported for `--help` alone, so that a plain start stays fast; what flags mean does not depend on it.
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import fields
+from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
 from rlhf.config.load import find_config, load
-from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, Section, SftConfig, Stage
+from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.sections import Section
 from rlhf.errors import UsageError
 
-Config = TypeVar("Config", bound=Stage, covariant=True)
+Config = TypeVar("Config", bound=Section, covariant=True)
+SCHEMAS: dict[str, type[Section]] = {**STAGES, **COMMANDS}
 Drawn = tuple[str, Any, Any]
 """A field of a dataclass made for tyro to draw: name, type, default."""
 
@@ -35,16 +38,16 @@ class Flag(NamedTuple):
     help: str
     hint: str = ""
     launch: bool = False
-    only: str = ""
+    only: tuple[str, ...] = tuple(STAGES)
 
 
 FLAGS = (
-    Flag("config", "NAME|FILE", "A shipped config (`ppo`, `quickstart/ppo`) or a .yaml or .json file."),
+    Flag("config", "NAME|FILE", "A shipped config (`ppo`, `quickstart/ppo`) or a .yaml or .json file.", only=tuple(SCHEMAS)),
     Flag("launch", "NAME|FILE", "How to launch: a shipped file or one of yours.", "(default: auto)", launch=True),
     Flag("nproc", "INTEGER", "Processes to start.", "(at least 1; default: 1)", launch=True),
     Flag("dry-run", "", "Print the resolved config, the plan and the launch command; touch nothing.", launch=True),
-    Flag("unit-test", "", "Check PPO alone, on the config `unit-test` unless another is given.", only="ppo"),
-    Flag("json", "", "Print the result as JSON."),
+    Flag("unit-test", "", "Check PPO alone, on the config `unit-test` unless another is given.", only=("ppo",)),
+    Flag("json", "", "Print the result as JSON.", only=tuple(SCHEMAS)),
     Flag("allow-inexact-resume", "", "Go on from a checkpoint even where the result will not be equal to the bit."),
 )
 
@@ -81,6 +84,10 @@ def parse(stage: Literal["rm"], argv: Sequence[str]) -> Invocation[RmConfig]: ..
 @overload
 def parse(stage: Literal["ppo"], argv: Sequence[str]) -> Invocation[PpoConfig]: ...
 @overload
+def parse(stage: Literal["generate"], argv: Sequence[str]) -> Invocation[GenerateConfig]: ...
+@overload
+def parse(stage: Literal["eval"], argv: Sequence[str]) -> Invocation[EvalConfig]: ...
+@overload
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Stage]: ...
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     """Read and validate a stage's command line; with `--help`, print the help and exit 0.
@@ -91,13 +98,15 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     if {"-h", "--help"} & set(argv):
         print(help_text(stage))
         sys.exit(0)
+    if stage in COMMANDS and argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
     words = _sort(stage, argv)
     nproc = _process_count(words.own.get("nproc", "1"))
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(
         stage=stage,
-        config=load(STAGES[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
+        config=load(SCHEMAS[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
         config_file=file,
         launch=words.own.get("launch", "auto"),
         nproc=nproc,
@@ -110,7 +119,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
 
 
 def _flags(stage: str) -> Iterator[Flag]:
-    return (flag for flag in FLAGS if flag.only in ("", stage))
+    return (flag for flag in FLAGS if stage in flag.only)
 
 
 def _process_count(text: str) -> int:
@@ -155,7 +164,7 @@ def _alone(stage: str, name: str, flag: Flag | None) -> str:
 
     Raises UsageError for all others.
     """
-    schema = STAGES[stage]
+    schema = SCHEMAS[stage]
     meant = fields.at(schema, fields.canonical(schema, name))
     if meant and meant.form == "boolean":
         return "true"
@@ -169,7 +178,7 @@ def help_text(stage: str) -> str:
     """Every flag of a stage with its unit, range and default, a box for each section."""
     import tyro
 
-    schema = STAGES[stage]
+    schema = SCHEMAS[stage]
     page = make_dataclass(
         stage,
         [
@@ -197,7 +206,7 @@ def _twin(section: type[Section], prefix: str = "") -> list[Drawn]:
             hints = [field.limits, "required" if field.required else f"default: {field.default_text}"]
             hint = f"({'; '.join(filter(None, hints))})"
             key = f"{name}.NAME" if field.form == "mapping" else name
-            short = [f"--{short}" for short, long in SHORT_FLAGS.items() if long == prefix + name]
+            short = [f"--{SHORT_FLAGS[prefix + name]}"] if prefix + name in SHORT_FLAGS else []
             drawn.append(_drawn(key, _metavar(field), field.description, hint, short))
     return drawn
 

@@ -7,7 +7,7 @@ ZeRO stage, sharding) stays in its launch file and is not here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,6 @@ from rlhf.config.sections import (
     Checkpoint,
     Count,
     Data,
-    Fp8,
     Fraction,
     Lora,
     Model,
@@ -25,6 +24,9 @@ from rlhf.config.sections import (
     Report,
     Schedule,
     Section,
+    TextReading,
+    TrainingFiles,
+    TrainingFp8,
 )
 
 
@@ -48,30 +50,9 @@ class PpoSchedule(Schedule):
     """Learning rate at the end, as a part of the peak."""
 
 
-class SftData(Data):
-    json_key: str | None = None
-    """Column of plain text to train on (`text`); only for rows that are neither chats nor prompt/response."""
-    too_long: Literal["fail", "skip", "truncate", "split"] = "fail"
-    """A row past `max_length`: stop, leave it out and count it, cut it at the end, or (plain text; there the default) make
-    several rows of it, so that every token is trained on."""
-    loss_on: Literal["responses", "all"] = "responses"
-    """Tokens that carry the loss: the replies only, or every token."""
+class SftData(TextReading, TrainingFiles):
     packing: bool = False
     """Put several rows into one sequence of `max_length`; attention and positions do not cross rows."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _documents_are_split(cls, values: Any) -> Any:
-        return {"too_long": "split", **values} if isinstance(values, dict) and values.get("json_key") else values
-
-    @model_validator(mode="after")
-    def _only_documents_are_split(self) -> SftData:
-        if self.too_long == "split" and self.json_key is None:
-            raise ValueError(
-                "too_long may be `split` for plain text only, as a chat or reply would be parted from its prompt: "
-                "name the column of text in data.json_key, or choose skip or truncate"
-            )
-        return self
 
 
 class PromptData(Data):
@@ -104,7 +85,7 @@ class Stage(Section):
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     lora: Lora = Lora()
-    fp8: Fp8 = Fp8()
+    fp8: TrainingFp8 = TrainingFp8()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
 
@@ -284,12 +265,13 @@ class PpoConfig(Stage):
 STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}
 
 SHORT_FLAGS = {
-    "model": "model.path",
-    "actor": "roles.actor",
-    "critic": "roles.critic",
-    "reference": "roles.reference",
-    "reward": "reward.source",
-    "data": "data.train",
-    "json_key": "data.json_key",
+    "model.path": "model",
+    "roles.actor": "actor",
+    "roles.critic": "critic",
+    "roles.reference": "reference",
+    "reward.source": "reward",
+    "data.train": "data",
+    "data.file": "data",
+    "data.json_key": "json_key",
 }
-"""Flags that are short for a config field, for the stages that have the field."""
+"""A config field -> the flag that is short for it, for the commands that have the field."""

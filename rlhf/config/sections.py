@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os.path import expanduser
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -37,27 +37,13 @@ class Lora(Section):
     """Write the merged model as the stage's result instead of the adapter."""
 
 
-class Fp8Probe(Section):
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps (PPO: iterations) between probes, which run a span without FP8 first, and then with it; 0: never."""
-    steps: Count = 100
-    """Length of the span, in steps; at most `every`."""
-    fallback: bool = False
-    """Where the gap is too large, go on from the span without FP8."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Fp8Probe:
-        if 0 < self.every < self.steps:
-            raise ValueError(f"steps {self.steps} must be at most every {self.every}: one span ends before the next begins")
-        return self
-
-
 class Fp8(Section):
     recipe: Literal["none", "delayed", "current", "block", "rowwise", "mxfp8"] = "none"
     """How the linear layers are scaled into FP8 (docs/fp8.md); none: no FP8. PPO wants one whose tokens do not depend on
     their batch: block, rowwise, mxfp8 or delayed."""
     backend: Literal["auto", "te", "torchao", "reference"] = "auto"
-    """te: Transformer Engine; reference: emulated, on any device; auto: the first of them that can do the recipe here."""
+    """te: Transformer Engine; reference: emulated, on any device; auto: the first of them that can do the recipe here,
+    without a GPU the reference."""
     format: Literal["auto", "hybrid", "e4m3"] = "auto"
     """hybrid: E4M3 forward, E5M2 for gradients; auto: hybrid for delayed and current, E4M3 throughout for the others."""
     amax_history: Count = 1024
@@ -76,6 +62,24 @@ class Fp8(Section):
     """Transformer layers left out at the bottom."""
     keep_last: Annotated[int, Field(ge=0)] = 0
     """Transformer layers left out at the top."""
+
+
+class Fp8Probe(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps (PPO: iterations) between probes, which run a span without FP8 first, and then with it; 0: never."""
+    steps: Count = 100
+    """Length of the span, in steps; at most `every`."""
+    fallback: bool = False
+    """Where the gap is too large, go on from the span without FP8."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Fp8Probe:
+        if 0 < self.every < self.steps:
+            raise ValueError(f"steps {self.steps} must be at most every {self.every}: one span ends before the next begins")
+        return self
+
+
+class TrainingFp8(Fp8):
     probe: Fp8Probe = Fp8Probe()
 
 
@@ -107,11 +111,7 @@ class Schedule(Section):
     """Learning rate at the end, as a part of the peak."""
 
 
-class Data(Section):
-    train: Place
-    """Training rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
-    eval: Place | None = None
-    """Held-out rows in the same form; none: no evaluation."""
+class Reading(Section):
     columns: dict[str, str] = {}
     """Our column name -> the file's (`prompt: question`)."""
     extra_columns: Literal["fail", "ignore"] = "fail"
@@ -126,6 +126,46 @@ class Data(Section):
     """Longest prompt + reply, in tokens."""
     too_long: Literal["fail", "skip", "truncate"] = "fail"
     """A row past `max_length`: stop, leave it out and count it, or cut it (PPO: prompts at their start; else at the end)."""
+
+
+class TextReading(Reading):
+    json_key: str | None = None
+    """Column of plain text to train on (`text`); only for rows that are neither chats nor prompt/response."""
+    too_long: Literal["fail", "skip", "truncate", "split"] = "fail"
+    """A row past `max_length`: stop, leave it out and count it, cut it at the end, or (plain text; there the default) make
+    several rows of it, so that every token is trained on."""
+    loss_on: Literal["responses", "all"] = "responses"
+    """Tokens that carry the loss: the replies only, or every token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _documents_are_split(cls, values: Any) -> Any:
+        return {"too_long": "split", **values} if isinstance(values, dict) and values.get("json_key") else values
+
+    @model_validator(mode="after")
+    def _only_documents_are_split(self) -> TextReading:
+        if self.too_long == "split" and self.json_key is None:
+            raise ValueError(
+                "too_long may be `split` for plain text only, as a chat or reply would be parted from its prompt: "
+                "name the column of text in data.json_key, or choose skip or truncate"
+            )
+        return self
+
+
+class TrainingFiles(Section):
+    train: Place
+    """Training rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
+    eval: Place | None = None
+    """Held-out rows in the same form; none: no evaluation."""
+
+
+class OneFile(Section):
+    file: Place
+    """Rows: a .jsonl, .jsonl.gz, .json or .parquet file."""
+
+
+class Data(Reading, TrainingFiles):  # the fields of the last come first
+    pass
 
 
 class Checkpoint(Section):

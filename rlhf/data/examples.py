@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rlhf.config.schema import Data, PromptData, SftData
+from rlhf.config.sections import Reading, TextReading
 from rlhf.data.rows import Row, Rows, read_rows
 from rlhf.data.shapes import Kind
 from rlhf.data.templates import Messages, Template, plain_prompt
@@ -41,7 +41,11 @@ class PromptExample:
 
     index: int
     ids: list[int]
-    text: str
+    row: Row
+
+    @property
+    def text(self) -> str:
+        return plain_prompt(self.row.fields["prompt"])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,7 +59,7 @@ class Examples(Generic[Example]):
     notes: list[str]
 
 
-def sft_examples(path: str, config: SftData, template: Template) -> Examples[SftExample]:
+def sft_examples(path: str, config: TextReading, template: Template) -> Examples[SftExample]:
     limit = _LengthLimit(config.max_length, config.too_long, "skip, truncate or (plain text: data.json_key) split")
     rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
     examples, untrained = [], 0
@@ -75,7 +79,7 @@ def sft_examples(path: str, config: SftData, template: Template) -> Examples[Sft
     return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
 
 
-def pair_examples(path: str, config: Data, template: Template) -> Examples[PairExample]:
+def pair_examples(path: str, config: Reading, template: Template) -> Examples[PairExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "pair", config)
     examples, same = [], 0
@@ -96,14 +100,14 @@ def pair_examples(path: str, config: Data, template: Template) -> Examples[PairE
     return _done(path, examples, rows.notes + limit.notes() + dropped)
 
 
-def prompt_examples(path: str, config: PromptData, template: Template) -> Examples[PromptExample]:
+def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "prompt", config)
     examples = []
     for index, row in enumerate(rows.rows):
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
-            examples.append(PromptExample(index, ids[-config.max_length :], plain_prompt(row.fields["prompt"])))
+            examples.append(PromptExample(index, ids[-config.max_length :], row))
     return _done(path, examples, rows.notes + limit.notes())
 
 
@@ -137,7 +141,7 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
     return PairExample(pair.prompt, pair.chosen[:room], pair.rejected[:room])
 
 
-def _read(path: str, kind: Kind, config: Data, json_key: str | None = None) -> Rows:
+def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:
     return read_rows(
         path,
         kind,

@@ -39,10 +39,11 @@ REASONS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row: its place in the file and its normalised fields."""
+    """One usable row: its place in the file, its normalised fields, and the columns nobody asked for."""
 
     where: str
     fields: dict[str, Any]
+    others: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_rows(
         if fields is None:
             dropped += 1
         else:
-            rows.append(Row(record.where, fields))
+            rows.append(Row(record.where, fields, schema.others_of(record.value)))
 
     total = len(rows) + dropped + len(problems)
     _check_problems(path, problems, total, 0.0 if on_error == "fail" else max_skip_fraction)

@@ -143,11 +143,14 @@ class Schema:
         names = aliases | {name: name for name in unmapped} | mapped  # what the user mapped comes last and holds
         return cls(kind, names, {name: columns.get(name, name) for name in fields}, extra_columns)
 
+    def others_of(self, value: dict[str, Any]) -> dict[str, Any]:
+        return {column: content for column, content in value.items() if column not in self.names}
+
     def fields_of(self, value: Any) -> Fields:
         """The known columns of one record; unknown ones are an error unless they are to be ignored."""
         if not isinstance(value, dict):
             raise BadRow(f"expected an object, found {describe(value)}")
-        extra = [column for column in value if column not in self.names]
+        extra = self.others_of(value)
         if extra and self.extra_columns == "fail":
             listed = ", ".join(f"{column!r}{_nearest(column, tuple(self.names))}" for column in extra)
             expected = f"expected {', '.join(self.columns.values())}"
@@ -155,7 +158,7 @@ class Schema:
             raise BadRow(f"unknown column{'s' if len(extra) > 1 else ''} {listed}", fix)
         values: dict[str, Any] = {}
         columns = dict(self.columns)
-        remarks = {f"Column {column!r} was ignored" for column in extra}
+        remarks = {f"Column {column!r} was not read" for column in extra}
         for column, name in self.names.items():
             if column not in value:
                 continue

@@ -11,7 +11,7 @@ from torch import nn
 from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
 from rlhf.fp8.backends import Backend, open_backend
-from rlhf.fp8.plan import plan, summary, unmatched
+from rlhf.fp8.plan import plan, require_matches, summary
 from rlhf.fp8.recipes import recipe_of
 
 
@@ -22,11 +22,7 @@ def apply(model: nn.Module, config: Fp8) -> None:
         ConfigError: no layer can run in FP8, a pattern of `fp8.keep` matches none, or the backend cannot do the recipe here.
     """
     recipe, decisions = recipe_of(config), plan(model, config)
-    if missed := unmatched(decisions, config):
-        names = sorted({one.name.rpartition(".")[2] for one in decisions})
-        raise ConfigError(
-            f"fp8.keep: {missed[0]!r} matches no layer of {type(model).__name__}; layers end in {', '.join(names)}"
-        )
+    require_matches(decisions, config, model)
     backend: Backend = open_backend(config.backend, recipe)
     chosen = [one for one in decisions if one.in_fp8]
     if not chosen:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rlhf.config.sections import Fp8
+from rlhf.errors import ConfigError
 from rlhf.fp8.recipes import GEMMS, Gemm, kept_gemms
 
 MULTIPLE = 16
@@ -74,7 +75,7 @@ RULES: tuple[Rule, ...] = (
 def plan(model: nn.Module, config: Fp8) -> list[Decision]:
     """A decision for every weight matrix of a model (which may be on the meta device, or wrapped by PEFT)."""
     modules = [
-        (place, _plain(place), module)
+        (place, plain_name(place), module)
         for place, module in model.named_modules()
         if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not hasattr(module, "base_layer")
     ]
@@ -94,6 +95,15 @@ def unmatched(decisions: Sequence[Decision], config: Fp8) -> list[str]:
     return [pattern for pattern in config.keep if not any(kept_gemms(one.name, (pattern,)) for one in decisions)]
 
 
+def require_matches(decisions: Sequence[Decision], config: Fp8, model: nn.Module) -> None:
+    """Raises ConfigError where a pattern of `fp8.keep` matches no layer."""
+    if missed := unmatched(decisions, config):
+        names = sorted({one.name.rpartition(".")[2] for one in decisions})
+        raise ConfigError(
+            f"fp8.keep: {missed[0]!r} matches no layer of {type(model).__name__}; layers end in {', '.join(names)}"
+        )
+
+
 def summary(decisions: Sequence[Decision]) -> str:
     """How many layers run in FP8, and how many do not for which reason."""
     left = Counter(one.reason.partition(":")[0] for one in decisions if not one.in_fp8)
@@ -108,7 +118,8 @@ def _note(candidate: _Candidate, kept: frozenset[Gemm]) -> str:
     return "; ".join(notes)
 
 
-def _plain(place: str) -> str:
+def plain_name(place: str) -> str:
+    """A layer's name without the wrappers of PEFT."""
     return place.removeprefix("base_model.model.").removesuffix(".base_layer").replace(".modules_to_save.default", "")
 
 

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.errors import DataError
 from rlhf.fp8.linear import FP8Linear
-from rlhf.fp8.recipes import OPERANDS
+from rlhf.fp8.recipes import OPERANDS, Recipe
 from rlhf.fp8.scaling import scale_of
 
 FIELDS = ("amax_history", "scale")
+
+
+class DelayedLayer(Protocol):
+    """A layer, of whichever backend, whose scales are moved here; FP8Linear says what the tensors hold."""
+
+    recipe: Recipe
+    amax_history: Tensor
+    scale: Tensor
+    calibrating: bool
 
 
 def fp8_layers(model: nn.Module) -> dict[str, FP8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
 
 
-def delayed_layers(model: nn.Module) -> dict[str, FP8Linear]:
-    return {name: layer for name, layer in fp8_layers(model).items() if layer.recipe.delayed}
+def delayed_layers(model: nn.Module) -> dict[str, DelayedLayer]:
+    found = {name: module for name, module in model.named_modules() if getattr(module, "is_fp8", False)}
+    layers = {name: cast(DelayedLayer, module) for name, module in found.items()}
+    return {name: layer for name, layer in layers.items() if layer.recipe.delayed}
 
 
 @torch.no_grad()

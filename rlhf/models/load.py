@@ -6,6 +6,7 @@ of them, in every stage: PPO's ratio needs it, and one rule is easier to reason 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,19 @@ def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool
     if head_missing:
         initialise_head(model, loading.seed)
     return _finish(model, loading)
+
+
+def is_scalar(spec: str) -> bool:
+    """Whether a model is a reward model or critic, by what its config or its adapter says of itself."""
+    source = local(resolve(spec))
+    adapter = Path(source.path) / "adapter_config.json"
+    if adapter.exists():
+        return json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS"
+    try:
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def local(source: Source) -> Source:

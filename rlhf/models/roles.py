@@ -83,6 +83,10 @@ class Roles:
         return critic_of(self.policy)
 
     @property
+    def device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+    @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
@@ -145,6 +149,21 @@ def open_ppo(config: PpoConfig) -> Roles:
     if reward_source is not None:
         roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(load_scalar(reward_source, loading), config))))
     return roles
+
+
+def open_policy(spec: str) -> Roles:
+    """A policy that is used and not trained."""
+    return _in_use(spec, ActorCritic(actor=load_actor(spec, Loading())))
+
+
+def open_reward_model(spec: str) -> Roles:
+    """A reward model, or critic, that is used and not trained: it stands in the critic's place."""
+    return _in_use(spec, ActorCritic(critic=load_scalar(spec, Loading())))
+
+
+def _in_use(spec: str, policy: ActorCritic) -> Roles:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _roles(spec, freeze(policy).to(device))
 
 
 def reward_model_of(config: PpoConfig) -> str | None:

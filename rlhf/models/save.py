@@ -5,7 +5,6 @@ The directory appears complete or not at all (written beside its place, then ren
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
-from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer
+from rlhf.models.load import Loading, is_scalar, load_actor, load_generation_config, load_scalar, load_tokenizer
 from rlhf.models.lora import folded_weights, write_base
 
 
@@ -54,7 +53,7 @@ def save_model(
 
 def save_merged(spec: str, directory: Path) -> None:
     """An adapter directory and its base as one plain model, in float32."""
-    reward = json.loads((Path(spec) / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+    reward = is_scalar(spec)
     opened = (load_scalar if reward else load_actor)(spec, Loading())
     generation = None if reward else load_generation_config(spec)
     save_model(opened, directory, load_tokenizer(spec), generation)

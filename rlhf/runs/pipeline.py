@@ -15,9 +15,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from rlhf import paths
+from rlhf.config.fields import canonical, dotted
 from rlhf.config.load import find_config, load
 from rlhf.config.parse import Invocation, parse
-from rlhf.config.schema import SHORT_FLAGS, Section
+from rlhf.config.schema import STAGES, Section
 from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
 from rlhf.runs.dry_run import describe
@@ -133,7 +134,7 @@ def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline,
     seed = {} if request.seed is None else {"seed": str(request.seed)}
     merged: dict[str, str] = {}
     for layer in (inside, seed, request.overrides.get(stage, {})):
-        merged |= {SHORT_FLAGS.get(name, name): text for name, text in layer.items()}
+        merged |= {dotted(canonical(STAGES[stage], name)): text for name, text in layer.items()}
     merged["config"] = str(file.parent / flags["config"])
     merged["output"] = str(Path(pipeline.output) / stage)
     merged |= {"launch": request.launch, "nproc": str(request.nproc)}

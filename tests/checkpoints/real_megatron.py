@@ -1,8 +1,9 @@
-"""Run inside an environment with megatron-core 0.16.1: loads our files into the real GPTModel on CPU and writes its logits.
+"""Run inside an environment with megatron-core 0.16.1: loads our files strictly into the real GPTModel on CPU.
 
-    python -O real_megatron.py CHECKPOINT LAYOUT TP RANK PORT OUT
+    python -O real_megatron.py CHECKPOINT LAYOUT LAYERS TP RANK PORT OUT
 
-CUDA is not there: the calls Megatron makes to it on its way are answered by stand-ins. One process is one tensor-parallel rank.
+With LAYERS `local` it writes the logits to OUT. With `transformer-engine` the layers are Transformer Engine's, whose wheel must
+be on the path and whose kernels are not there: nothing is computed. One process is one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -11,42 +12,24 @@ import contextlib
 import sys
 from argparse import Namespace
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import torch
 import torch._dynamo
-from torch.overrides import TorchFunctionMode
+from without_gpu import OnCpu, without_cuda, without_kernels
 
-CHECKPOINT, LAYOUT, TP, RANK, PORT, OUT = sys.argv[1:7]
-
-
-def without_cuda() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.set_device = lambda *_: None
-    torch.cuda.synchronize = lambda *_: None
-    torch.cuda.get_device_capability = lambda *_: (8, 0)
-    torch.cuda.get_device_properties = lambda *_: MagicMock(major=8, minor=0)
-    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    torch.cuda.Stream = torch.cuda.Event = MagicMock
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
-
-
-class OnCpu(TorchFunctionMode):
-    """Every device that is asked for is the CPU."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        options = dict(options or {})
-        if "device" in options and options["device"] is not None:
-            options["device"] = "cpu"
-        return function(*arguments, **options)
+CHECKPOINT, LAYOUT, LAYERS, TP, RANK, PORT, OUT = sys.argv[1:8]
 
 
 def main() -> None:
     without_cuda()
+    if LAYERS == "transformer-engine":
+        without_kernels()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.transformer import TransformerConfig
 
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=int(RANK), world_size=int(TP))
@@ -94,12 +77,18 @@ def main() -> None:
         masked_softmax_fusion=False,
         attention_softmax_in_fp32=True,
     )
+    if LAYERS == "local":
+        spec = get_gpt_layer_local_spec(
+            num_experts=args.num_experts, qk_layernorm=config.qk_layernorm, normalization=args.normalization
+        )
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=args.num_experts, moe_grouped_gemm=bool(args.num_experts), qk_layernorm=config.qk_layernorm
+        )
     with OnCpu():
         model = GPTModel(
             config,
-            get_gpt_layer_local_spec(
-                num_experts=args.num_experts, qk_layernorm=config.qk_layernorm, normalization=args.normalization
-            ),
+            spec,
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             parallel_output=False,
@@ -112,6 +101,8 @@ def main() -> None:
         else:
             sharded = model.sharded_state_dict(prefix="")
             model.load_state_dict(dist_checkpointing.load(sharded, str(root / "iter_0000000")), strict=False)
+        if LAYERS == "transformer-engine":
+            return
         ids = torch.load(Path(OUT).with_name("ids.pt"), weights_only=True)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)[None, None]

@@ -1,8 +1,12 @@
-"""Our files in the real megatron-core: its GPTModel loads them strictly, every key, and computes what transformers computes."""
+"""Our files in the real megatron-core: its GPTModel loads them strictly, every key, and computes what transformers computes.
+
+With Transformer Engine's layers it loads them, too; those compute nothing without a GPU.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,26 +22,18 @@ from rlhf.checkpoints.writing import write
 
 DRIVER = Path(__file__).with_name("real_megatron.py")
 MODELS = ("llama-gqa", "llama-bias-tied", "qwen2-tied", "qwen3", "mixtral", "qwen3_moe", "gpt2-exact")
+ENGINE = "transformer-engine"
 
 
-@pytest.fixture(scope="module")
-def megatron_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """megatron-core alone in a folder of its own, beside this environment's torch."""
-    folder = tmp_path_factory.mktemp("megatron-core")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "megatron-core==0.16.1"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"megatron-core 0.16.1 cannot be installed here: {done.stderr.splitlines()[-1:]}")
-    return folder
-
-
-def real_logits(home: Path, layout: str, ranks: int, package: Path) -> torch.Tensor:
+def loaded(home: Path, layout: str, layers: str, ranks: int, *packages: Path) -> str:
+    """What went wrong in the processes that load the files, one a rank; empty if nothing did."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment = {name: value for name, value in environment.items() if not name.startswith("COV")}
-    arguments = [sys.executable, str(DRIVER), str(home / "megatron"), layout, str(ranks)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_PROJECT_BUILDING": "1"}
+    arguments = [sys.executable, "-O", str(DRIVER), str(home / "megatron"), layout, layers, str(ranks)]
     started = [
         subprocess.Popen(
             [*arguments, str(rank), port, str(home / "logits.pt")], env=environment, stderr=subprocess.PIPE, text=True
@@ -45,8 +41,7 @@ def real_logits(home: Path, layout: str, ranks: int, package: Path) -> torch.Ten
         for rank in range(ranks)
     ]
     said = [process.communicate()[1] for process in started]
-    assert not any(process.returncode for process in started), said[0][-3000:]
-    return torch.load(home / "logits.pt", weights_only=True)
+    return said[0][-3000:] or "failed" if any(process.returncode for process in started) else ""
 
 
 @pytest.mark.slow
@@ -60,5 +55,28 @@ def test_the_real_model_loads_and_agrees(name: str, layout: str, ranks: int, meg
     write(plan(Request(tmp_path / "hf", tmp_path / "megatron", "megatron", grid=grid, names="local", layout=layout)))
     with torch.no_grad():
         expected = model(ids).logits
-    found = real_logits(tmp_path, layout, ranks, megatron_core)
+    assert loaded(tmp_path, layout, "local", ranks, megatron_core) == ""
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("llama-gqa", 1), ("llama-gqa", 2), ("qwen3", 2), ("mixtral", 2), ("qwen3_moe", 2), ("gpt2-exact", 2)]
+)
+def test_its_transformer_engine_layers_load(
+    name: str, ranks: int, megatron_core: Path, transformer_engine: Path, tmp_path: Path
+) -> None:
+    build(name, tmp_path / "hf")
+    write(plan(Request(tmp_path / "hf", tmp_path / "megatron", "megatron", grid=Grid(ranks), names=ENGINE)))
+    assert loaded(tmp_path, "torch", ENGINE, ranks, megatron_core, transformer_engine) == ""
+
+
+@pytest.mark.slow
+def test_its_transformer_engine_layers_refuse_other_names(
+    megatron_core: Path, transformer_engine: Path, tmp_path: Path
+) -> None:
+    build("llama-gqa", tmp_path / "hf")
+    write(plan(Request(tmp_path / "hf", tmp_path / "megatron", "megatron", names="local")))
+    said = loaded(tmp_path, "torch", ENGINE, 1, megatron_core, transformer_engine)
+    assert re.search(r"Missing key.*decoder\.layers\.0\.self_attention\.linear_qkv\.layer_norm_weight", said)

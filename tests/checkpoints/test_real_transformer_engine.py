@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import apart
 import pytest
 from tiny import build
 
 from rlhf.checkpoints.convert import Request, plan
 
 DRIVER = Path(__file__).with_name("real_transformer_engine.py")
-PACKAGES = ("transformer_engine==2.20.2", "onnxscript", "onnx", "onnx-ir", "ml_dtypes", "nvdlfw_inspect", "einops")
-
-
-@pytest.fixture(scope="module")
-def transformer_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its pure-Python wheel, and what that imports, in a folder of their own."""
-    folder = tmp_path_factory.mktemp("transformer-engine")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
-    install += ["importlib_metadata", "zipp"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"Transformer Engine's wheel cannot be installed here: {done.stderr.splitlines()[-1:]}")
-    return folder
 
 
 @pytest.mark.slow
@@ -36,9 +20,5 @@ def test_names_and_shapes_of_a_layer(transformer_engine: Path, tmp_path: Path) -
     stem = "model/language_model/encoder/layers.0."
     (file,) = target.files.values()
     ours = {key.removeprefix(stem): list(entry.shape) for key, entry in file.entries.items() if key.startswith(stem)}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    environment |= {"PYTHONPATH": str(transformer_engine), "NVTE_PROJECT_BUILDING": "1"}
     sizes = ["64", "96", "8", "4"]
-    done = subprocess.run([sys.executable, "-O", str(DRIVER), *sizes], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert ours == json.loads(done.stdout.splitlines()[-1])
+    assert ours == apart.run(DRIVER, transformer_engine, *sizes, flags=("-O",), NVTE_PROJECT_BUILDING="1")

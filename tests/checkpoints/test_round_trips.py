@@ -68,6 +68,18 @@ def test_experts_over_ranks(name: str, style: str, tmp_path: Path) -> None:
     there_and_back(tmp_path, Grid(2, 2, 1, 2), names=style)
 
 
+def test_the_norm_before_experts_is_fused_into_nothing(tmp_path: Path) -> None:
+    """As megatron-core's Transformer Engine layers have it (test_real_megatron.py)."""
+    keys = {}
+    for name in ("mixtral", "llama"):
+        build(name, tmp_path / name)
+        (file,) = plan(Request(tmp_path / name, tmp_path / "megatron", "megatron")).target.files.values()
+        keys[name] = {key for key in file.entries if key.startswith("model/decoder.layers.1.") and "norm" in key}
+    first = "model/decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
+    assert keys["mixtral"] == {first, "model/decoder.layers.1.pre_mlp_layernorm.weight"}
+    assert keys["llama"] == {first, "model/decoder.layers.1.mlp.linear_fc1.layer_norm_weight"}
+
+
 def test_an_expert_rank_is_told_from_a_pipeline_rank(tmp_path: Path) -> None:
     build("mixtral", tmp_path / "hf")
     there_and_back(tmp_path, Grid(2, 1, 1, 4))

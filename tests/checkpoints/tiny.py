@@ -67,9 +67,10 @@ ONE_GROUP: dict[str, tuple[str, dict[str, Any]]] = {
 """Models with one key and value for all queries."""
 
 
-def build(name: str, directory: Path, seed: int = 0) -> PreTrainedModel:
-    """A random model in float32, saved."""
+def build(name: str, directory: Path, seed: int = 0, **others: Any) -> PreTrainedModel:
+    """A random model in float32, saved; `others` are settings that differ."""
     model_type, changes = (NATIVE | ONE_GROUP)[name]
+    changes = changes | others
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **changes), dtype=torch.float32)
     with torch.no_grad():

@@ -216,7 +216,7 @@ def test_json_key_names_the_column_of_plain_text(tmp_path: Path, kind: Any) -> N
     path = write(tmp_path / "rows.jsonl", {"body": "a b", "text": "title"})
     rows = read_rows(path, kind, json_key="body", extra_columns="ignore")
     assert rows.rows[0].fields == {"text": "a b"}
-    assert rows.notes == ["Column 'text' was ignored in 1 row."]
+    assert rows.notes == ["Column 'text' was not read in 1 row."]
 
 
 def test_equal_pairs_are_dropped_and_repeated_prompts_counted(tmp_path: Path) -> None:

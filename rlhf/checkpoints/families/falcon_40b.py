@@ -30,6 +30,7 @@ SIZES = {
 }
 DEFAULTS = {"tied": True, "norm_epsilon": 1e-5, "rotary_base": 10000.0, "positions": 2048}
 ARGS = {"normalization": "LayerNorm", "position_embedding_type": "rope", "swiglu": False}
+BIASES = {"bias": (names.QKV, names.PROJ, names.FC1, names.FC2)}
 
 FAMILY = Family(
     name="falcon_40b",
@@ -44,5 +45,6 @@ FAMILY = Family(
     defaults=DEFAULTS,
     constants={"new_decoder_architecture": True, "parallel_attn": True, "bias": False, "alibi": False},
     args=ARGS,
+    biases=BIASES,
     when=lambda config: bool(config.get("new_decoder_architecture")),
 )

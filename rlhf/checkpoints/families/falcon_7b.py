@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.checkpoints import names
-from rlhf.checkpoints.families.falcon_40b import ARGS, DEFAULTS, LAYER, SHARED, SIZES
+from rlhf.checkpoints.families.falcon_40b import ARGS, BIASES, DEFAULTS, LAYER, SHARED, SIZES
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Copy
 
@@ -21,8 +21,10 @@ FAMILY = Family(
     tensors={**SHARED, names.INPUT_NORM: Copy(LAYER + "input_layernorm.{leaf}")},
     sizes=SIZES,
     defaults=DEFAULTS,
-    constants={"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False, "alibi": False},
+    constants={"new_decoder_architecture": False, "parallel_attn": True, "bias": False, "alibi": False},
     args=ARGS,
+    biases=BIASES,
     groups=groups,
+    as_groups=lambda heads, groups: {"multi_query": groups == 1},
     when=lambda config: not config.get("new_decoder_architecture"),
 )

@@ -35,7 +35,8 @@ FAMILY = Family(
         "tied": "tie_word_embeddings",
     },
     defaults={"tied": True},
-    constants={"activation_function": "gelu", "do_layer_norm_before": True},
+    constants={"activation_function": "gelu", "do_layer_norm_before": True, "enable_bias": True},
     args={"normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "swiglu": False},
+    biases={"enable_bias": (names.QKV, names.PROJ, names.FC1, names.FC2)},
     when=lambda config: bool(config.get("do_layer_norm_before", True)),
 )

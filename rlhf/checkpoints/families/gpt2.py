@@ -16,6 +16,7 @@ SIZES = {
     "layers": "n_layer",
     "hidden": "n_embd",
     "heads": "n_head",
+    "mlp": "n_inner",
     "vocabulary": "vocab_size",
     "positions": "n_positions",
     "norm_epsilon": "layer_norm_epsilon",

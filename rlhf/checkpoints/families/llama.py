@@ -34,6 +34,7 @@ SIZES = {
     "rotary_base": "rope_theta",
     "tied": "tie_word_embeddings",
 }
+BIASES = {"attention_bias": (names.QKV, names.PROJ), "mlp_bias": (names.FC1, names.FC2)}
 ROTARY_RMS_GATED = {"normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True}
 
 FAMILY = Family(
@@ -45,5 +46,6 @@ FAMILY = Family(
     defaults={"tied": False, "rotary_base": 10000.0, "norm_epsilon": 1e-6},
     constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     args={**ROTARY_RMS_GATED, "add_bias_linear": False, "add_qkv_bias": False},
+    biases=BIASES,
     ignored=(LAYER + "self_attn.rotary_emb.inv_freq",),
 )

@@ -1,7 +1,7 @@
 """Qwen 3 with routed experts."""
 
 from rlhf.checkpoints import names
-from rlhf.checkpoints.families.llama import ATTENTION, GATED_MLP, LAYER, OUTSIDE, ROTARY_RMS_GATED, SIZES
+from rlhf.checkpoints.families.llama import ATTENTION, BIASES, GATED_MLP, LAYER, OUTSIDE, ROTARY_RMS_GATED, SIZES
 from rlhf.checkpoints.families.qwen3 import HEAD_NORMS
 from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.operations import Copy, Gated
@@ -36,4 +36,5 @@ FAMILY = Family(
     },
     constants={"hidden_act": "silu", "attention_bias": False},
     args={**ROTARY_RMS_GATED, "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": True},
+    biases={"attention_bias": BIASES["attention_bias"]},
 )

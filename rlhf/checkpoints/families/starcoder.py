@@ -31,8 +31,9 @@ FAMILY = Family(
     },
     sizes=SIZES,
     defaults={"tied": True, "norm_epsilon": 1e-5},
-    constants={"activation_function": "gelu_pytorch_tanh", "multi_query": True},
+    constants={"activation_function": "gelu_pytorch_tanh"},
     args=LEARNED_POSITIONS,
     groups=groups,
+    as_groups=lambda heads, groups: {"multi_query": groups == 1},
     ignored=(LAYER + "attn.bias", LAYER + "attn.masked_bias"),
 )

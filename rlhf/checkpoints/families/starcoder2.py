@@ -19,4 +19,5 @@ FAMILY = Family(
     defaults={"tied": True, "rotary_base": 10000.0, "norm_epsilon": 1e-5},
     constants={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
     args={"normalization": "LayerNorm", "position_embedding_type": "rope", "swiglu": False, "add_bias_linear": True},
+    biases={"use_bias": (names.QKV, names.PROJ, names.FC1, names.FC2)},
 )

@@ -163,13 +163,15 @@ def lay_out(tensors: Mapping[str, Stored], style: str, args: argparse.Namespace)
         names.EXPERT_FC1: names.LAYER + "mlp.experts.experts.linear_fc1.{leaf}",
         names.EXPERT_FC2: names.LAYER + "mlp.experts.experts.linear_fc2.{leaf}",
     }
-    if args.num_experts and style != "local":  # megatron-core 0.16.1: only its local layers keep this norm's dense name
-        written[names.MLP_NORM] = names.MLP_NORM
-    data.content = {key: [None] for key in _extra_states(tensors, args.num_layers, args.num_experts)}
+    mixed = isinstance(args.moe_layer_freq, list)  # then megatron-core gives each layer keys of its own
+    data.content = {key: [None] for key in _extra_states(tensors, args.num_layers, args.num_experts, mixed)}
     for ours, stored in tensors.items():
         template, values = names.template_of(ours)
-        fqn = fill(written[template].replace(".{layer}.", "."), values)
-        axes = {"layer": args.num_layers, "expert": args.num_experts}
+        routed = fill(names.ROUTER, values) in tensors if "layer" in values else False
+        # megatron-core 0.16.1: beside a router only its local layers keep this norm's dense name
+        name = names.MLP_NORM if template == names.MLP_NORM and routed and style != "local" else written[template]
+        fqn = fill(name if mixed else name.replace(".{layer}.", "."), values)
+        axes = {"expert": args.num_experts} if mixed else {"layer": args.num_layers, "expert": args.num_experts}
         front = tuple(int(values[axis]) for axis in axes if axis in values)
         size = (*(int(axes[axis]) for axis in axes if axis in values), *stored.shape)
         piece = (*(1 for _ in front), *stored.shape)
@@ -181,16 +183,18 @@ def lay_out(tensors: Mapping[str, Stored], style: str, args: argparse.Namespace)
     return target
 
 
-def _extra_states(tensors: Mapping[str, Stored], layers: int, experts: int | None) -> Iterator[str]:
+def _extra_states(tensors: Mapping[str, Stored], layers: int, experts: int | None, mixed: bool) -> Iterator[str]:
     """The keys under which linear layers keep a state of their own, empty here; loading asks for them."""
     for ours in tensors:
         module, _, leaf = ours.rpartition(".")
         _, values = names.template_of(ours)
         if leaf != "weight" or not re.search(r"linear_(qkv|proj|fc1|fc2)$", module):
             continue
-        stem = module.replace(f"layers.{values['layer']}.", "layers.")
+        stem = module if mixed else module.replace(f"layers.{values['layer']}.", "layers.")
+        place, size = ("0", "1") if mixed else (values["layer"], str(layers))
         if "expert" in values:
             stem = stem.replace(f"experts.{values['expert']}.", "experts.experts.")
-            yield f"{stem}._extra_state/shard_{values['layer']}.{values['expert']}_{layers}.{experts}"
+            of_expert = (values["expert"], experts) if mixed else (f"{place}.{values['expert']}", f"{size}.{experts}")
+            yield f"{stem}._extra_state/shard_{of_expert[0]}_{of_expert[1]}"
         else:
-            yield f"{stem}._extra_state/shard_{values['layer']}_{layers}"
+            yield f"{stem}._extra_state/shard_{place}_{size}"

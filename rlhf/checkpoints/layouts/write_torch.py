@@ -94,7 +94,10 @@ def _place(
     for written, split, how, shared in splits:
         key = _key(fill(written, values), virtual, grid, style)
         places = [_file((t, pipeline, e), grid) for e in expert_ranks for t in range(grid.tensor)]
-        shapes = parts_of(stored, split)
+        try:
+            shapes = parts_of(stored, split)
+        except RuntimeError as error:
+            raise UsageError(f"--tp {grid.tensor}: {ours} {list(stored.shape)}: {error}") from error
         for index, place in enumerate(places):
             shape = shapes[0] if shared else shapes[index % grid.tensor]
             target.files[place].entries[key] = Entry(shape, stored.dtype)
@@ -118,6 +121,9 @@ def _splits(
 ):
     """(name, how a tensor of ours is taken apart, in words, whether every rank gets the same)"""
     written = names.written_names(style)[template]
+    routed = ours.replace("pre_mlp_layernorm", "mlp.router").replace(".bias", ".weight") in tensors
+    if template == names.MLP_NORM and style == "transformer-engine" and routed:
+        written = template  # the norm is fused into the one matrix after it, and here there are many
     dim = names.split_dimension(template, values.get("leaf"))
     if dim is None or grid.tensor == 1:
         return [(written, _alone, "copy to every rank" if grid.tensor > 1 else "copy", True)]

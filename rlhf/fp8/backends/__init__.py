@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from rlhf.errors import ConfigError
-from rlhf.fp8.backends import reference
+from rlhf.fp8.backends import reference, te, torchao
 from rlhf.fp8.recipes import Gemm, Recipe
 
 
@@ -22,18 +23,19 @@ class Backend(Protocol):
     def layer(self, linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) -> nn.Module: ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference}
-"""In the order `auto` prefers them."""
+BACKENDS: dict[str, Backend] = {"te": te, "torchao": torchao, "reference": reference}
+"""In the order `auto` prefers them. Packages are imported by `obstacle` and `layer`, never before."""
 
 
 def open_backend(name: str, recipe: Recipe) -> Backend:
-    """The backend of a name; `auto` is the first that can do the recipe here.
+    """The backend of a name; `auto` is the first that can do the recipe here, and without a GPU the reference.
 
     Raises:
         ConfigError: it cannot do the recipe here; the message says why.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if not backend.obstacle(recipe))
+        candidates = list(BACKENDS) if torch.cuda.is_available() else ["reference"]
+        return next(BACKENDS[one] for one in candidates if not BACKENDS[one].obstacle(recipe))
     if why_not := BACKENDS[name].obstacle(recipe):
         able = ", ".join(other for other, backend in BACKENDS.items() if not backend.obstacle(recipe))
         raise ConfigError(f"fp8.backend {name} cannot do recipe {recipe.name} here: {why_not}. Those that can: {able}")

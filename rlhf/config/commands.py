@@ -1,0 +1,71 @@
+"""The knobs of the commands that use a model without training it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.sections import Count, Fp8, OneFile, Place, Reading, Section, TextReading
+
+
+class UsedFp8(Fp8):
+    recipe: Literal["delayed", "current", "block", "rowwise", "mxfp8"] = "block"
+    """How the linear layers are scaled into FP8 (docs/fp8.md); for a model trained in FP8 the recipe of its training."""
+
+
+class Inference(Section):
+    """What every command has that runs a model."""
+
+    model: Place
+    """A run, a Hugging Face id (`id@revision`) or directory, a Megatron checkpoint or a .gguf file."""
+    precision: Literal["fp32", "bf16", "fp8", "both"] = "fp32"
+    """bf16: autocast over fp32 weights; fp8: linear layers by `fp8.recipe`; both: the same weights with and without FP8."""
+    plain: Literal["fp32", "bf16"] = "fp32"
+    """fp8, both: the precision of all that is not FP8."""
+    fp8: UsedFp8 = UsedFp8()
+
+    @model_validator(mode="after")
+    def _plain_beside_fp8(self) -> Inference:
+        if self.plain == "bf16" and self.precision == "fp32":
+            raise ValueError("plain `bf16` is for precision `fp8` and `both`; without FP8, give precision `bf16`")
+        return self
+
+
+class PromptFile(Reading, OneFile):
+    extra_columns: Literal["fail", "ignore"] = "ignore"
+    """ignore: columns nobody asked for go along to the replies; fail: they are an error."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Longest prompt, in tokens."""
+
+
+class GenerateConfig(Inference):
+    """Replies of a policy to the prompts of a file, a row for each."""
+
+    data: PromptFile
+    output: Place
+    """The .jsonl file to write: the rows' prompts and other columns, and `response` and `finished` (it ended by itself). With
+    precision `both`, one of each for either: `response_fp32`, `response_fp8`, ..."""
+    max_new_tokens: Count = 128
+    """Longest reply, in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Logits are divided by it; 0: greedy."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """What is sampled follows from it and the row's place in the file, whatever the batch size."""
+    batch_size: Count = 64
+    """Replies sampled at a time; memory and speed only."""
+
+
+class EvaluationData(TextReading, OneFile):
+    pass
+
+
+class EvalConfig(Inference):
+    """How good a model is on held-out rows: loss and perplexity of a policy, accuracy of a reward model on pairs."""
+
+    data: EvaluationData
+    batch_size: Count = 16
+    """Rows per forward pass; memory and speed only."""
+
+
+COMMANDS: dict[str, type[Inference]] = {"generate": GenerateConfig, "eval": EvalConfig}

@@ -1,0 +1,57 @@
+"""One model in several precisions, one after the other: what differs between them is the precision and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.config.commands import Inference
+from rlhf.config.sections import Fp8
+from rlhf.errors import OutOfMemory
+from rlhf.fp8.apply import apply, described, undo
+from rlhf.models.roles import Roles
+
+FP8 = "fp8"
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: str
+    autocast: bool
+    """Whether what is not FP8 computes in bfloat16, over float32 weights."""
+    fp8: Fp8 | None = None
+
+
+def precisions(config: Inference) -> list[Precision]:
+    """Those asked for. FP8 comes first: where a model cannot have it, that is said before any work is done."""
+    in_fp8 = Precision(FP8, config.plain == "bf16", config.fp8)
+    plain = Precision(config.plain, config.plain == "bf16")
+    asked = {"fp32": [Precision("fp32", False)], "bf16": [Precision("bf16", True)], FP8: [in_fp8], "both": [in_fp8, plain]}
+    return asked[config.precision]
+
+
+@contextmanager
+def computing_in(precision: Precision, roles: Roles, rows: Sequence[list[int]], batch_size: int) -> Iterator[str]:
+    """The model computes in a precision for a while; yields what runs in FP8, in words.
+
+    Args:
+        rows: token ids the scales of delayed scaling are taken from, `batch_size` rows at a time.
+
+    Raises:
+        OutOfMemory: in place of torch's error.
+    """
+    model = roles.policy.actor or roles.policy.critic  # which know their heads; what holds them does not
+    assert model is not None
+    try:
+        if precision.fp8 is not None:
+            apply(model, precision.fp8)
+        with torch.no_grad(), torch.autocast(roles.device.type, torch.bfloat16, enabled=precision.autocast):
+            roles.calibrate(rows, batch_size)
+            yield described(model)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"out of memory: {error}\nlower batch_size") from error
+    finally:
+        undo(model)

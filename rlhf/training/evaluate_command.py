@@ -1,0 +1,160 @@
+"""`rlhf eval`: how good a model is on held-out rows, and what FP8 takes away from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.commands import EvalConfig
+from rlhf.config.parse import Invocation
+from rlhf.data.collate import pair_batch, sft_batch
+from rlhf.data.examples import PairExample, SftExample, pair_examples, sft_examples
+from rlhf.data.order import chunks
+from rlhf.data.templates import Template
+from rlhf.errors import ConfigError
+from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
+from rlhf.functional.sft import IGNORED
+from rlhf.models.load import is_scalar
+from rlhf.models.precision import FP8, computing_in, precisions
+from rlhf.models.roles import Roles, open_policy, open_reward_model, read_last
+from rlhf.report.console import Console
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its rows. `measure` computes one number a token (log-probability) or a reply (score), always in the same
+    order, and `figures` says what they come to."""
+
+    roles: Roles
+    kind: str
+    counts: dict[str, Any]
+    rows: list[list[int]]
+    measure: Callable[[], Tensor]
+    figures: Callable[[Tensor], dict[str, float]]
+
+
+def evaluate(invocation: Invocation[EvalConfig]) -> int:
+    config, console = invocation.config, Console("eval", speak=True)
+    subject = (_reward_model if is_scalar(config.model) else _policy)(config, console)
+    measured: dict[str, Tensor] = {}
+    for precision in precisions(config):
+        with computing_in(precision, subject.roles, subject.rows, config.batch_size) as in_fp8:
+            if in_fp8:
+                console.note(in_fp8)
+            measured[precision.name] = subject.measure()
+    result = {"model": config.model, "kind": subject.kind, "data": config.data.file, **subject.counts}
+    result |= compared({name: measured[name] for name in reversed(measured)}, subject.figures)
+    print(json.dumps(result, indent=2) if invocation.as_json else "\n".join(table(result)))
+    return 0
+
+
+def compared(measured: dict[str, Tensor], figures: Callable[[Tensor], dict[str, float]]) -> dict[str, Any]:
+    """The figures by precision and, where FP8 stands beside another, the differences and the drift of single numbers."""
+    found: dict[str, Any] = {"figures": {name: figures(numbers) for name, numbers in measured.items()}}
+    if len(measured) == 2:
+        (plain, without), (_, with_fp8) = measured.items()
+        drift = (with_fp8 - without).abs()
+        before, after = found["figures"][plain], found["figures"][FP8]
+        found["difference"] = {name: after[name] - before[name] for name in before}
+        found["drift"] = {"mean": float(drift.mean()), "max": float(drift.max())}
+    return found
+
+
+def table(result: dict[str, Any]) -> Iterable[str]:
+    columns = {**result["figures"], **({"difference": result["difference"]} if "difference" in result else {})}
+    counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
+    yield f"{result['model']}: a {result['kind']}, {counts} of {result['data']}"
+    yield " " * 16 + "".join(f"{name:>14}" for name in columns)
+    for name in next(iter(result["figures"].values())):
+        cells = (
+            f"{column[name]:>+14.6f}" if title == "difference" else f"{column[name]:>14.6f}"
+            for title, column in columns.items()
+        )
+        yield f"{name:16}" + "".join(cells)
+    if "longer_wins" in result:
+        yield f"taking the longer reply is right in {result['longer_wins']:.3f}"
+    if "drift" in result:
+        unit = "log-probability of a token" if result["kind"] == "policy" else "score of a reply"
+        yield f"FP8 moves the {unit} by {result['drift']['mean']:.2e} in the mean, {result['drift']['max']:.2e} at most"
+
+
+def _policy(config: EvalConfig, console: Console) -> Subject:
+    roles = open_policy(config.model)
+    console.note(f"{config.model}: a policy, evaluated on chats, prompts with completions, or text")
+    found = sft_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
+    _say(console, found.notes)
+    rows = sorted(found.items, key=len)  # rows of like length share a forward pass
+    roles.check_context(len(rows[-1]), "data.max_length")
+    counts = {"rows": len(rows), "tokens": sum(sum(row.trained[1:]) for row in rows)}
+    return Subject(
+        roles, "policy", counts, [row.ids for row in rows], lambda: logprobs(roles, rows, config.batch_size), policy_figures
+    )
+
+
+def logprobs(roles: Roles, rows: Sequence[SftExample], batch_size: int) -> Tensor:
+    """(tokens,) in float64: of every trained token, but for the first of a row, which nothing predicts."""
+    found = []
+    for part in chunks(rows, batch_size):
+        batch, labels = sft_batch(part, roles.pad_id)
+        logits = roles.policy(batch.to(roles.device), roles=("actor",)).logits
+        targets = labels[:, 1:].to(roles.device)
+        trained = targets != IGNORED
+        found.append(token_logprobs(logits[:, :-1], torch.where(trained, targets, 0))[trained].double().cpu())
+    return torch.cat(found)
+
+
+def policy_figures(logprobs: Tensor) -> dict[str, float]:
+    loss = -logprobs.mean()
+    return {"loss": float(loss), "perplexity": float(loss.exp())}
+
+
+def _reward_model(config: EvalConfig, console: Console) -> Subject:
+    for field, default in (("json_key", None), ("loss_on", "responses")):
+        if getattr(config.data, field) != default:
+            raise ConfigError(f"data.{field}: {config.model} is a reward model, evaluated on pairs; that is for policies")
+    roles = open_reward_model(config.model)
+    console.note(f"{config.model}: a reward model, evaluated on pairs of a chosen and a rejected reply")
+    found = pair_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
+    _say(console, found.notes)
+    pairs = sorted(found.items, key=len)
+    roles.check_context(len(pairs[-1]), "data.max_length")
+    longer = [0.5 * (len(pair.chosen) == len(pair.rejected)) + (len(pair.chosen) > len(pair.rejected)) for pair in pairs]
+    counts = {"pairs": len(pairs), "longer_wins": sum(longer) / len(pairs)}
+    rows = [pair.prompt + pair.chosen for pair in pairs]
+    return Subject(roles, "reward model", counts, rows, lambda: scores(roles, pairs, config.batch_size), pair_figures)
+
+
+def scores(roles: Roles, pairs: Sequence[PairExample], batch_size: int) -> Tensor:
+    """(2, pairs) in float64: of the chosen replies, and of the rejected ones."""
+    found = []
+    for part in chunks(pairs, batch_size):
+        batch = pair_batch(part, roles.pad_id).to(roles.device)
+        assert batch.attention_mask is not None
+        found.append(read_last(roles.policy(batch, roles=("critic",)).values, batch.attention_mask).view(2, -1).double().cpu())
+    return torch.cat(found, 1)
+
+
+def pair_figures(scores: Tensor) -> dict[str, float]:
+    """The interval is Wilson's, 95%."""
+    chosen, rejected = scores
+    right, pairs = float(accuracy(chosen, rejected).sum()), len(chosen)
+    low, high = wilson_interval(right, pairs)
+    return {
+        "accuracy": right / pairs,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "loss": float(bradley_terry_loss(chosen, rejected).mean()),
+        "margin": float((chosen - rejected).mean()),
+        "score": float(scores.mean()),
+    }
+
+
+def _say(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.note(note)
