@@ -5,6 +5,7 @@ Nothing here imports torch: parsing, checking and launching are quick, and the s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -239,7 +240,7 @@ def _convert(argv: list[str]) -> int:
     if (source / "run.json").is_file():
         source = Path(resolve(str(source)).path)
     if (source / "adapter_config.json").is_file():
-        return _merge(source, given.destination, given.to)
+        return _merge(source, given)
     if not given.dry_run:
         digest.begin(weight_files(source))
     # Pages of 2 MB for tensors that come and go: pages of 4 kB cost a second for 1.5 GB. Torch asks when it is imported.
@@ -265,15 +266,26 @@ def _convert(argv: list[str]) -> int:
     return convert(request, given.dry_run, given.verify, given.reference, given.as_json)
 
 
-def _merge(adapter: Path, destination: Path, to: str) -> int:
-    from rlhf.models.save import save_merged
+def _merge(adapter: Path, given: argparse.Namespace) -> int:
+    if given.to != "hf":
+        raise UsageError(f"{adapter}: a LoRA adapter; --to hf merges it into its base, and the result converts to {given.to}")
+    for name in ("verify", "config", "family", "rotary_base", "contiguous_gate"):
+        if getattr(given, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag}: {adapter} is a LoRA adapter, which is merged into its base and nothing else; leave it out"
+            )
+    if given.destination.exists():
+        raise OutputError(f"{given.destination}: is there already; name another directory, or remove it")
+    if not given.dry_run:
+        from rlhf.models.save import save_merged
 
-    if to != "hf":
-        raise UsageError(f"{adapter}: a LoRA adapter; --to hf merges it into its base, and the result converts to {to}")
-    if destination.exists():
-        raise OutputError(f"{destination}: is there already; name another directory, or remove it")
-    save_merged(str(adapter), destination)
-    print(f"convert  the adapter {adapter}, merged into its base: {destination}")
+        save_merged(str(adapter), given.destination)
+    if given.as_json:
+        print(json.dumps({"from": "LoRA adapter", "to": "Hugging Face, merged", "destination": str(given.destination)}))
+    else:
+        outcome = "would be merged" if given.dry_run else "merged"
+        print(f"convert  the adapter {adapter}, {outcome} into its base: {given.destination}")
     return 0
 
 

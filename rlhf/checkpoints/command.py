@@ -14,12 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rlhf.checkpoints.convert import Conversion, Request, plan
+from rlhf.checkpoints.hugging_face import read_config, read_tensors
 from rlhf.checkpoints.writing import write
+from rlhf.errors import CheckFailed
 
 
 def convert(request: Request, dry_run: bool, verify: bool, reference: Path | None, as_json: bool) -> int:
     """Runs the command; 0, or an RlhfError is raised."""
     conversion = plan(request)
+    if reference is not None:  # hours before it is asked for
+        read_config(reference)
+        read_tensors(reference)
     if dry_run:
         print(json.dumps(_described(conversion), indent=1) if as_json else "\n".join(_lines(conversion)))
         return 0
@@ -39,7 +44,10 @@ def convert(request: Request, dry_run: bool, verify: bool, reference: Path | Non
     if verify:
         from rlhf.checkpoints.verify import verify as prove
 
-        verdict = prove(conversion, reference)
+        try:
+            verdict = prove(conversion, reference)
+        except CheckFailed as error:
+            raise CheckFailed(f"{error}\n{request.destination} stays where it is, and is unproven") from error
         outcome["verified"] = {**vars(verdict), "holds": verdict.holds}
         if not as_json:
             print(f"convert  verified {verdict}")

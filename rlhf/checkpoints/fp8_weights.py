@@ -75,8 +75,7 @@ def plan_bf16(tensors: Mapping[str, Stored], config: Mapping[str, Any], shard_by
             if key + SCALE not in tensors:
                 raise DataError(f"{stored.origins[0]}: is FP8, and {key}{SCALE} is missing")
             take = partial(_pair, block=(rows, columns))
-            how = "codes times the factor of their block"
-            plain[key] = derived([stored, tensors[key + SCALE]], take, how, of_several_types=True)
+            plain[key] = derived([stored, tensors[key + SCALE]], take, "codes times the factor of their block")
         else:
             plain[key] = stored
     if len(plain) == len(tensors):

@@ -77,20 +77,13 @@ def whole(tensor: Tensor, origin: str) -> Stored:
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, (origin,))
 
 
-def derived(
-    parts: Sequence[Stored], function: Callable[[list[Tensor]], Tensor], how: str, of_several_types: bool = False
-) -> Stored:
+def derived(parts: Sequence[Stored], function: Callable[[list[Tensor]], Tensor], how: str) -> Stored:
     """One tensor made from several.
 
     Raises:
-        DataError: the function cannot take tensors of these shapes, or they are not of one type (unless `of_several_types`).
+        DataError: the function cannot take tensors of these shapes.
     """
     origins = tuple(origin for part in parts for origin in part.origins)
-    other = next((part for part in parts if part.dtype != parts[0].dtype), None)
-    if other is not None and not of_several_types:
-        raise DataError(
-            f"{other.origins[0]}: is {other.dtype}, but {origins[0]} is {parts[0].dtype}; to {how} they must be of one type"
-        )
     try:
         blank = function([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])
     except (RuntimeError, ZeroDivisionError) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,13 +41,17 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
         DataError: what must be equal, or zero, is not.
     """
     destination = conversion.request.destination
+    if destination.is_symlink() or destination.name in ("", ".."):
+        raise OutputError(f"{destination}: a link or a directory without a name of its own; name the directory itself")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise OutputError(f"{destination}: is there already and not empty; name another directory, or remove it")
-    partial = destination.with_name(f".{destination.name}-{os.getpid()}.partial")
+    # With the host's name: on a disk that several share, another's process of that number may well be alive.
+    begun_here = f".{destination.name}-{socket.gethostname()[:40]}-"
+    partial = destination.with_name(f"{begun_here}{os.getpid()}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for partial_of_another in destination.parent.glob(f".{destination.name}-*.partial"):
-            process = partial_of_another.name.removesuffix(".partial").rpartition("-")[2]
+        for partial_of_another in destination.parent.glob(f"{glob.escape(begun_here)}*.partial"):
+            process = partial_of_another.name.removeprefix(begun_here).removesuffix(".partial")
             if process.isdigit() and not psutil.pid_exists(int(process)):
                 shutil.rmtree(partial_of_another)  # left by a kill
         free = shutil.disk_usage(destination.parent).free
@@ -54,9 +60,11 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
         partial.mkdir()
         try:
             _fill(conversion, partial, progress)
+            _settle(partial)
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)
+            _sync(destination.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -97,6 +105,21 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
         if file.name not in target.texts:
             shutil.copyfile(file, directory / file.name)
     (directory / MANIFEST).write_text(json.dumps(_manifest(conversion, source_digests.result(), digests), indent=1) + "\n")
+
+
+def _settle(directory: Path) -> None:
+    """All of it is on disk, names included: after a loss of power the directory is complete, or it is not there."""
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:

@@ -61,6 +61,16 @@ def test_there_and_back_with_all_that_stands_beside(here, capsys) -> None:
         (["hf", "out", "--to", "hf", "--reference", "hf"], 2, "--verify"),
         (["nowhere", "out", "--to", "hf"], 65, "no such directory"),
         (["hf", "hf", "--to", "megatron"], 73, "already"),
+        (["hf", "empty", "--to", "megatron"], 0, ""),
+        (["hf", "link", "--to", "megatron"], 73, "link: a link"),
+        (["hf", "empty/..", "--to", "megatron"], 73, "name the directory itself"),
+        (["hf", "out", "--to", "megatron", "--verify", "--reference", "empty"], 65, r"empty/config\.json"),
+        (["hf", "out", "--to", "megatron", "--verify", "--reference", "weightless"], 65, "weightless: no weights"),
+        (["adapter", "out", "--to", "megatron"], 2, "--to hf merges it"),
+        (["adapter", "out", "--to", "hf", "--verify"], 2, "--verify: adapter is a LoRA adapter"),
+        (["adapter", "out", "--to", "hf", "--config", "hf"], 2, "--config: adapter is a LoRA adapter"),
+        (["adapter", "out", "--to", "hf", "--family", "llama"], 2, "--family: adapter is a LoRA adapter"),
+        (["adapter", "empty", "--to", "hf"], 73, "already"),
         (["hf", "out", "--to", "megatron", "--family", "lama"], 65, "there is no such family; there are baichuan"),
         (["hf", "out", "--to", "megatron", "--family", "gpt2"], 65, "is of llama"),
         (["hf", "out", "--to", "bf16"], 65, "nothing to do"),
@@ -69,10 +79,43 @@ def test_there_and_back_with_all_that_stands_beside(here, capsys) -> None:
 def test_a_mistake_is_one_message(here, capsys, words, code, message) -> None:
     import re
 
+    for name in ("empty", "weightless", "adapter"):
+        Path(name).mkdir()
+    Path("link").symlink_to("empty", target_is_directory=True)
+    Path("weightless/config.json").write_text("{}")
+    Path("adapter/adapter_config.json").write_text("{}")
     assert main(["convert", *words]) == code
     said = capsys.readouterr().err
     assert re.search(message, said), said
     assert "Traceback" not in said
+    assert not Path("out").exists()
+
+
+def test_the_directory_one_stands_in_is_no_destination(here, capsys, monkeypatch) -> None:
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    assert main(["convert", "../hf", ".", "--to", "megatron"]) == 73
+    assert "name the directory itself" in capsys.readouterr().err
+    assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_a_dry_run_merges_no_adapter(here, capsys, json_too) -> None:
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    assert main(["convert", "adapter", "out", "--to", "hf", "--dry-run", *json_too]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["destination"] == "out" if json_too else "would be merged" in shown
+    assert not Path("out").exists()
+
+
+def test_what_fails_its_proof_stays_and_is_said_to(here, capsys) -> None:
+    build("llama-gqa", Path("other"), seed=1)
+    assert main(["convert", "hf", "out", "--to", "megatron", "--verify", "--reference", "other"]) == 1
+    assert "out stays where it is, and is unproven" in capsys.readouterr().err
+    assert Path("out/conversion.json").is_file()
+    assert main(["convert", "hf", "again", "--to", "megatron", "--verify", "--reference", "hf"]) == 0
+    assert "unproven" not in capsys.readouterr().err
 
 
 def test_the_files_hashed_ahead_are_those_the_manifest_names(here) -> None:
