@@ -148,8 +148,10 @@ class Record(metaclass=_Sealed):
     def __new__(cls, *arguments: object) -> Record:
         return object.__new__(cls)
 
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+    def __setstate__(self, *state: object) -> None:
+        if not state:  # BUILD on the class itself: the state came in the place of the object
+            raise pickle.UnpicklingError("it changes a class")
+        self.state = state[0]
 
 
 RECORDS = {(module, name): _Sealed(name, (Record,), {}) for module, known in METADATA_CLASSES.items() for name in known.split()}
