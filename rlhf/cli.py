@@ -243,7 +243,7 @@ def _convert(argv: list[str]) -> int:
         return _merge(source, given)
     if not given.dry_run:
         digest.begin(weight_files(source))
-    # Pages of 2 MB for tensors that come and go: pages of 4 kB cost a second for 1.5 GB. Torch asks when it is imported.
+    # Pages of 2 MB for tensors that come and go: pages of 4 kB cost 0.7 s for 1.5 GB. Torch asks when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     from rlhf.checkpoints.command import convert  # a second or two, in which the files are hashed
