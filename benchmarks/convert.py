@@ -83,9 +83,16 @@ def copied(source: Path, destination: Path) -> float:
 
 def converted(source: Path, destination: Path, options: tuple[str, ...]) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak RssAnon in bytes)"""
+    with tempfile.TemporaryDirectory(dir=destination.parent) as cache:  # or the second run would know the digests of the first
+        return _converted(source, destination, options, {**os.environ, "RLHF_CACHE": cache})
+
+
+def _converted(
+    source: Path, destination: Path, options: tuple[str, ...], environment: dict[str, str]
+) -> tuple[float, float, int]:
     began, before = time.perf_counter(), os.times()
     command = [sys.executable, "-m", "rlhf", "convert", str(source), str(destination), *options]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
     while child.poll() is None:
         peak = max(peak, anonymous(child.pid))

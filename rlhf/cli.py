@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf import paths
+from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
 from rlhf.errors import DataError, OutputError, RlhfError, UsageError
 
@@ -232,9 +233,7 @@ def _convert(argv: list[str]) -> int:
     if not 1e-9 <= given.shard_gb < 1e9:
         raise UsageError("--shard-gb: expected a number above 0")
 
-    from rlhf.checkpoints.command import convert
-    from rlhf.checkpoints.convert import Request
-    from rlhf.checkpoints.sizes import Grid
+    from rlhf.checkpoints.directory import weight_files
     from rlhf.models.source import resolve
 
     source = given.source
@@ -242,6 +241,15 @@ def _convert(argv: list[str]) -> int:
         source = Path(resolve(str(source)).path)
     if (source / "adapter_config.json").is_file():
         return _merge(source, given)
+    if not given.dry_run:
+        digest.begin(weight_files(source))
+    # Pages of 2 MB for tensors that come and go: pages of 4 kB cost a second for 1.5 GB. Torch asks when it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    from rlhf.checkpoints.command import convert  # a second or two, in which the files are hashed
+    from rlhf.checkpoints.convert import Request
+    from rlhf.checkpoints.sizes import Grid
+
     request = Request(
         source=source,
         destination=given.destination,

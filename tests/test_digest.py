@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -112,6 +113,38 @@ def test_the_cache_keeps_the_newest(large: Path, hashed: list[Path], monkeypatch
     for file in (large, other, other, large):
         digest.file_digest(file)
     assert hashed == [large, other, large]
+
+
+# From `head --bytes 1048576 /dev/zero | sha256sum`.
+ZEROS = "30e14955ebf1352266dc2ff8067e68104607e750abb9d3b36582b8af909fcb58"
+
+
+def test_what_is_begun_is_hashed_once(large: Path, hashed: list[Path]) -> None:
+    digest.begin([large])
+    assert digest.file_digest(large) == ZEROS
+    digest.begin([large])  # remembered by now
+    assert not digest._begun
+    assert digest.file_digest(large) == ZEROS
+    assert not hashed
+
+
+@pytest.mark.parametrize("change", [flip_a_byte, flip_a_byte_and_hide_it, replace_by_another_file, lengthen])
+def test_what_changes_after_it_was_begun_is_hashed_again(large: Path, hashed: list[Path], change) -> None:
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    digest.begin([large])
+    assert digest._begun[str(large)][1].result() == ZEROS
+    change(large)
+    assert digest.file_digest(large) == hashlib.sha256(large.read_bytes()).hexdigest() != ZEROS
+
+
+def test_a_file_that_cannot_be_read_is_told_to_who_asks(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(digest, "_hash_mapped", unreadable)
+    digest.begin([large])
+    with pytest.raises(PermissionError):
+        digest.file_digest(large)
 
 
 def tree(directory: Path, **files: str) -> Path:

@@ -101,6 +101,8 @@ def not_as_args(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     window, some = _window(config)
     if window and some:
         yield f"config.json has a sliding window of {window} in some layers; Megatron's args do not say it"
+    if config.get("alibi"):
+        yield "config.json asks for Falcon's ALiBi, which is divided by the root of the head width; Megatron's is not"
     gated = bool(family.args.get("swiglu"))
     if (name := activation(config)) and name not in EXACT[gated]:
         computed = "SiLU" if gated else "the exact GELU"

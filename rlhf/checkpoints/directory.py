@@ -7,6 +7,8 @@ from pathlib import Path
 from rlhf.errors import DataError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "mp_rank_*/model*.pt", "*.distcp")
+"""Files of weights, of whatever format; where there are several kinds, the first is read."""
 
 
 def is_torch(directory: Path) -> bool:
@@ -40,3 +42,10 @@ def iteration_directory(path: Path) -> Path:
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory, though {tracker} names it")
     return directory
+
+
+def weight_files(path: Path) -> list[Path]:
+    """What will be read of a checkpoint of any format, as far as names tell."""
+    directory = iteration_directory(path)
+    found = ([file for file in sorted(directory.glob(pattern)) if file.is_file()] for pattern in WEIGHTS)
+    return next((files for files in found if files), [])

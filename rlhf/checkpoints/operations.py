@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Protocol
 
 import torch
@@ -169,7 +168,7 @@ def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
         return torch.cat(list(parts), dim)
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
-    return parts[0].new_empty(shape, dtype=reduce(torch.promote_types, (part.dtype for part in parts)))
+    return parts[0].new_empty(shape)
 
 
 def split_qkv(fused: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

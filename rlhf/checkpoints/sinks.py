@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoints.pickles import Piece, write_metadata
-from rlhf.checkpoints.plan import TargetFile
+from rlhf.checkpoints.plan import Entry, TargetFile
+from rlhf.errors import DataError
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -59,20 +60,20 @@ def open_sink(directory: Path, file: TargetFile) -> Sink:
     if file.kind == "distcp":
         return _Distcp(path, file)
     offsets = _safetensors_layout(path, file) if file.kind == "safetensors" else _pt_layout(path, file)
-    return _Placed(path, offsets, {key: entry.bytes for key, entry in file.entries.items()})
+    return _Placed(path, offsets, file.entries)
 
 
 class _Placed:
     """A file whose tensors have their places."""
 
-    def __init__(self, path: Path, offsets: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-        self.offsets, self.sizes = offsets, sizes
+    def __init__(self, path: Path, offsets: Mapping[str, int], entries: Mapping[str, Entry]) -> None:
+        self.path, self.offsets, self.entries = path, offsets, entries
         self.file = os.open(path, os.O_WRONLY)
 
     def write(self, key: str, tensor: Tensor) -> str:
         content, offset = _bytes(tensor), self.offsets[key]
-        if len(content) != self.sizes[key]:  # a byte more would run into the next tensor
-            raise RuntimeError(f"{key}: {len(content)} bytes for a place of {self.sizes[key]}")
+        if len(content) != self.entries[key].bytes:  # one byte more would be the next tensor's
+            raise DataError(f"{self.path}: {key}: {len(content):,} bytes for a place of {self.entries[key].bytes:,}")
         digest = hashlib.sha256()
         for begin in range(0, len(content), CHUNK):
             chunk = content[begin : begin + CHUNK]
@@ -80,6 +81,8 @@ class _Placed:
             written = 0
             while written < len(chunk):
                 written += os.pwrite(self.file, chunk[written:], offset + begin + written)
+        # Begins to bring it to disk, so that the fsync at the end finds little left.
+        os.posix_fadvise(self.file, offset, len(content), os.POSIX_FADV_DONTNEED)
         return digest.hexdigest()
 
     def close(self) -> None:

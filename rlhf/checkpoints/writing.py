@@ -1,4 +1,4 @@
-"""Carrying a planned conversion out: a tensor at a time, on two threads, the destination complete or not there at all."""
+"""Carrying a planned conversion out: a few tensors at a time, the destination complete or not there at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,22 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
     with ThreadPoolExecutor(WRITERS) as writers:
         source_digests = writers.submit(lambda: {file: file_digest(file) for file in conversion.source.files})
         sinks = {name: open_sink(directory, file) for name, file in target.files.items()}
-        for step in target.steps:
-            writing = [(file, key, writers.submit(sinks[file].write, key, part)) for part, file, key in _parts(step)]
-            for file, key, written in writing:
+        # Reading goes on beside writing, with no more in hand than the largest tensor takes.
+        largest = max((step.source.bytes for step in target.steps), default=0)
+        held: deque[tuple[Step, list[Future[str]]]] = deque()
+
+        def let_go() -> None:
+            step, writing = held.popleft()
+            for (file, key), written in zip(step.targets, writing, strict=True):
                 digests[f"{file}: {key}"] = written.result()
                 progress(target.files[file].entries[key].bytes)
+
+        for step in target.steps:
+            while held and step.source.bytes + sum(other.source.bytes for other, _ in held) > largest:
+                let_go()
+            held.append((step, [writers.submit(sinks[file].write, key, part) for part, file, key in _parts(step)]))
+        while held:
+            let_go()
         list(writers.map(lambda sink: sink.close(), sinks.values()))
     for name, text in target.texts.items():
         if text:

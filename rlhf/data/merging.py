@@ -153,9 +153,9 @@ def _chains(
     ranks: dict[tuple[str, str], int] = {}
     made: dict[str, None] = {}
 
-    def cost(pair: tuple[str, str]) -> int:
+    def cost(pair: tuple[str, str]) -> tuple[int, int]:
         joined = "".join(pair)
-        return 0 if joined in made or joined in tokens else 1 if readable(joined) else 2
+        return 0 if joined in made or joined in tokens else 1 if readable(joined) else 2, len(joined)
 
     for token in sorted(tokens, key=len):
         parts: list[str] = []

@@ -64,7 +64,10 @@ def plan_growth(spec: str, pieces: Pieces, multiple_of: int = 1) -> tuple[Growth
         raise DataError("; ".join([*named, *more]) + ". Leave out what cannot be one token of this tokenizer")
     known = len(pieces.texts) - len(merged.pieces) - len(merged.refused)
     if not merged.pieces:
-        raise DataError(f"{spec}: has {known} of the pieces already and cannot take the others; there is nothing to add")
+        raise DataError(
+            f"{spec}: has {known} of the {len(pieces.texts)} pieces already, and {len(merged.refused)} cannot be one token; "
+            "there is nothing to add"
+        )
     needed = max(rows, merged.first_id + len(merged.splits))
     after = -(-needed // multiple_of) * multiple_of
     growth = Growth(merged.pieces, merged.steps, known, pieces.unusable, merged.refused, merged.first_id, rows, after)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import build
 
+from rlhf.checkpoints.directory import weight_files
 from rlhf.cli import main
 
 
@@ -115,6 +116,20 @@ def test_what_fails_its_proof_stays_and_is_said_to(here, capsys) -> None:
     assert Path("out/conversion.json").is_file()
     assert main(["convert", "hf", "again", "--to", "megatron", "--verify", "--reference", "hf"]) == 0
     assert "unproven" not in capsys.readouterr().err
+
+
+def test_the_files_hashed_ahead_are_those_the_manifest_names(here) -> None:
+    (here / "hf" / "model-00002-of-00002.safetensors").symlink_to("nowhere")
+    for source, destination, options in (
+        ("hf", "torch", ["--to", "megatron", "--tp", "2", "--pp", "2"]),
+        ("hf", "dist", ["--to", "megatron", "--layout", "torch_dist"]),
+        ("torch", "back", ["--to", "hf"]),
+        ("dist", "back_again", ["--to", "hf"]),
+    ):
+        assert main(["convert", source, destination, *options]) == 0
+        named = json.loads(Path(destination, "conversion.json").read_text())["source_files"]
+        large = {file for file in named if Path(file).name not in (".metadata", "common.pt")}
+        assert {str(file) for file in weight_files(Path(source))} == large
 
 
 def test_planning_imports_no_transformers(here) -> None:

@@ -139,6 +139,8 @@ def test_what_megatrons_args_can_say_is_written(tmp_path, name, changes, expecte
         ("llama", {"hidden_act": "gelu"}, "activation is gelu; Megatron computes SiLU"),
         ("opt", {"activation_function": "relu"}, "activation is relu; Megatron computes the exact GELU"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, "window of 4 in some layers"),
+        ("falcon-7b", {"alibi": True}, "Falcon's ALiBi"),
+        ("falcon-7b", {}, ""),
         ("qwen2", {"sliding_window": 4}, ""),
         ("llama", {}, ""),
     ],

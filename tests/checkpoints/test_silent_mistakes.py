@@ -14,7 +14,6 @@ from rewrite import Change, back, copied, differing, edit, rewrite
 from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoints.convert import Request, To, plan
-from rlhf.checkpoints.writing import write
 from rlhf.errors import DataError
 
 
@@ -201,19 +200,3 @@ def test_the_newer_name_of_layernorm_1p(models, tmp_path) -> None:
         content["args"].layernorm_zero_centered_gamma = True
 
     assert differing(copied(models, tmp_path, "qwen3", change=renamed)) == []
-
-
-@pytest.mark.parametrize("wider", ["k_proj", "up_proj", "q_proj"])
-@pytest.mark.parametrize("layout", ["torch", "torch_dist"])
-def test_parts_of_one_tensor_in_two_formats(models, tmp_path, wider, layout) -> None:
-    """All of it takes the wider format: nothing is rounded, and nothing runs into the tensor beside it."""
-    source = copied(models, tmp_path, "llama").with_name("hf")
-    tensors = load_file(source / "model.safetensors")
-    for key, tensor in tensors.items():
-        tensors[key] = tensor.bfloat16().float() if wider in key else tensor.bfloat16()
-    save_file(tensors, source / "model.safetensors")
-    write(plan(Request(source, tmp_path / "mixed", "megatron", layout=layout)))
-    result = back(tmp_path / "mixed")
-    assert {key for key in tensors if not torch.equal(result[key].float(), tensors[key].float())} == set()
-    assert {tensor.dtype for key, tensor in result.items() if wider in key} == {torch.float32}
-    assert {tensor.dtype for key, tensor in result.items() if "norm" in key} == {torch.bfloat16}

@@ -151,6 +151,15 @@ def test_merges_that_would_make_an_old_token_are_not_added() -> None:
     assert merge_pieces(old, ["abc"]).refused == {"abc": "is in the vocabulary, but the tokenizer never produces it"}
 
 
+def test_steps_are_few_and_whole_characters_come_first() -> None:
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate("abcdef")}, []))
+    assert merge_pieces(letters, ["abcdef", "bcde"]).steps == ["bc", "de", "abcde"]  # the short piece first, then around it
+
+    spelt = {character: byte_letters(character) for character in "中国人"}
+    steps = [step for letters in spelt.values() for step in (letters[:2], letters)]
+    assert merge_pieces(byte_level(), ["中国人", "中国"]).steps == steps
+
+
 def test_a_unigram_piece_scores_a_little_more_than_its_split() -> None:
     old = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("ab", -2.5), ("c", -9.0)], 0, False))
     vocabulary = json.loads(merge_pieces(old, ["aab", "abaab", "cz"]).tokenizer.to_str())["model"]["vocab"]

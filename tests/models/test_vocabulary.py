@@ -211,6 +211,20 @@ def test_bad_pieces(content, code, message, capsys) -> None:
     assert not Path("new").exists()
 
 
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_classes_that_build_their_own_from_vocabulary_and_merges(name: str) -> None:
+    model(Path("old"))
+    config = json.loads(Path("old/tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    Path("old/tokenizer_config.json").write_text(json.dumps(config))
+    assert type(AutoTokenizer.from_pretrained("old")).__name__ == name
+    Path("pieces.txt").write_text("中国")
+    assert main(["vocab", "expand", "old", "new", "--tokens", "pieces.txt"]) == 0
+    old, new = AutoTokenizer.from_pretrained("old"), AutoTokenizer.from_pretrained("new")
+    assert type(new).__name__ == name
+    assert new("中国")["input_ids"] == [len(old)]
+    assert new.eos_token_id == old.eos_token_id
+
+
 def test_lines_that_cannot_be_one_token_are_named(capsys) -> None:
     model(Path("old"))
     Path("pieces.txt").write_text("zebra\nNew York\n" + "\n".join(f"a {number}" for number in range(6)))
