@@ -63,7 +63,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     section = found.get("rope_parameters") or {}
     if not isinstance(section, dict):
         raise DataError(f"{file}: rope_parameters is a {type(section).__name__}, expected an object")
+    if not isinstance(found.get("mlp_only_layers") or [], list):
+        raise DataError(f"{file}: mlp_only_layers is {found['mlp_only_layers']!r:.40}, expected a list of layers")
     keys = {family.sizes[name] for family in families().values() for name in WHOLE_NUMBERS if name in family.sizes}
+    keys.add("decoder_sparse_step")
     for key in sorted(keys & set(found)):
         if found[key] is not None and (type(found[key]) is not int or not 0 <= found[key] < 1 << 40):
             raise DataError(f"{file}: {key} is {found[key]!r:.40}, expected a whole number")

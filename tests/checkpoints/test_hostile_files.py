@@ -95,6 +95,8 @@ CASES: dict[str, Case] = {
             ("heads in fractions", {"num_attention_heads": 4.0}, "args.num_attention_heads is 4.0, expected a whole number"),
             ("experts in text", {"num_experts": "x"}, "args.num_experts is 'x'"),
             ("fewer than no layers", {"num_layers": -1}, "args.num_layers is -1"),
+            ("a switch in tensors", {"swiglu": torch.zeros(2)}, "args.swiglu is a tensor, expected a plain value"),
+            ("experts every 0 layers", {"moe_layer_freq": 0}, "args.moe_layer_freq is 0, expected"),
             ("an epsilon in text", {"norm_epsilon": "x"}, "args.norm_epsilon is 'x', expected a number"),
         )
     },
@@ -150,7 +152,14 @@ CASES: dict[str, Case] = {
             ),
             rf"config\.json: {key} is .*, expected",
         )
-        for key, value in (("rope_parameters", 5), ("vocab_size", "100"), ("num_hidden_layers", -1), ("hidden_size", 64.5))
+        for key, value in (
+            ("rope_parameters", 5),
+            ("vocab_size", "100"),
+            ("num_hidden_layers", -1),
+            ("hidden_size", 64.5),
+            ("decoder_sparse_step", "x"),
+            ("mlp_only_layers", 5),
+        )
     },
     "an index with a number": (
         "hf",

@@ -286,7 +286,7 @@ def test_a_tensor_of_another_type_than_planned_is_not_written(home, tmp_path) ->
 def test_a_sink_takes_no_more_than_the_place_it_laid_out(tmp_path) -> None:
     file = TargetFile("model.safetensors", "safetensors", {"a": Entry((4,), torch.float32), "b": Entry((4,), torch.float32)})
     sink = open_sink(tmp_path, file)
-    with pytest.raises(RuntimeError, match="a: 32 bytes for a place of 16"):
+    with pytest.raises(DataError, match="a: 32 bytes for a place of 16"):
         sink.write("a", torch.ones(4, dtype=torch.float64))
     sink.write("a", torch.ones(4))
     sink.close()

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from rlhf.checkpoints.stored import Stored
 from rlhf.errors import DataError
 
@@ -58,6 +60,10 @@ def args_of(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
             raise DataError(f"{file}: args.{name} is {_short(value)}, expected a whole number")
         if name in NUMBERS and value is not None and type(value) not in (int, float):
             raise DataError(f"{file}: args.{name} is {_short(value)}, expected a number")
+        if isinstance(value, Tensor):
+            raise DataError(f"{file}: args.{name} is a tensor, expected a plain value")
+        if name == "moe_layer_freq" and type(value) is int and value < 1:
+            raise DataError(f"{file}: args.{name} is {value}, expected every how many layers there are experts")
     return args
 
 
@@ -67,7 +73,8 @@ def version_of(content: Mapping[str, Any], file: Path) -> float:
     Raises:
         DataError: it is no number.
     """
-    version = content.get("checkpoint_version") or 0
+    version = content.get("checkpoint_version", 0)
+    version = 0 if version is None else version
     if type(version) not in (int, float) or not 0 <= version < LARGEST:
         raise DataError(f"{file}: checkpoint_version is {_short(version)}, expected a number, 3.0 as a rule")
     return float(version)
