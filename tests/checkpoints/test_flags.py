@@ -56,7 +56,6 @@ def test_a_flag_without_a_meaning(llama, tmp_path, to, options, message) -> None
         ("te", {"grid": Grid(2)}),
         ("megatron", {"names": "legacy"}),
         ("megatron", {"layout": "torch_dist"}),
-        ("fp8", {}),
     ],
 )
 def test_the_same_flags_where_they_have_one(llama, tmp_path, to, options: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from rlhf.fp8.linear import FP8Linear
 from rlhf.fp8.recipes import recipe_of
 
 MOE = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 128}
+QWEN2_MOE = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
 LLAMA = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
@@ -118,7 +119,7 @@ def test_half_of_a_pair_is_refused(tmp_path: Path, drop: str, message: str) -> N
 
 
 def test_factors_of_a_weight_in_another_format_are_refused(tmp_path: Path) -> None:
-    build("llama", tmp_path / "hf")
+    build("llama", tmp_path / "hf", **LLAMA)
     write(plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")))
     file = tmp_path / "fp8" / "model.safetensors"
     assert plan(Request(tmp_path / "fp8", tmp_path / "bf16", "bf16"))
@@ -131,7 +132,7 @@ def test_factors_of_a_weight_in_another_format_are_refused(tmp_path: Path) -> No
 
 
 def test_what_stays_as_it_is_is_listed(tmp_path: Path) -> None:
-    build("qwen2_moe", tmp_path / "hf")
+    build("qwen2_moe", tmp_path / "hf", **QWEN2_MOE)
     config = plan(Request(tmp_path / "hf", tmp_path / "fp8", "fp8")).config
     kept = {"model.embed_tokens", "lm_head"}
     kept |= {f"model.layers.{layer}.mlp.{gate}" for layer in range(4) for gate in ("gate", "shared_expert_gate")}
