@@ -1,9 +1,19 @@
-"""Where the recipes and their configs lie: inside the package once installed, beside it in a checkout."""
+"""Where the recipes and their configs lie (inside the package once installed, beside it in a checkout); what is on disk."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 STAGES = next(path for path in (PACKAGE / "_stages", PACKAGE.parent / "stages") if path.is_dir())
 CONFIGS = next(path for path in (PACKAGE / "_configs", PACKAGE.parent / "configs") if path.is_dir())
+
+
+def sync(path: Path) -> None:
+    """What the file holds, or which names the directory has, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -22,6 +22,7 @@ from rlhf.checkpoints.plan import Check, Step
 from rlhf.checkpoints.sinks import open_sink
 from rlhf.digest import file_digest
 from rlhf.errors import DataError, OutputError, StorageError
+from rlhf.paths import sync
 
 MANIFEST = "conversion.json"
 SCHEMA_VERSION = 1
@@ -64,7 +65,7 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)
-            _sync(destination.parent)
+            sync(destination.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -110,16 +111,8 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
 def _settle(directory: Path) -> None:
     """All of it is on disk, names included: after a loss of power the directory is complete, or it is not there."""
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)
 
 
 def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from rlhf.errors import ConfigError
 from rlhf.fp8.backends import Backend, open_backend
 from rlhf.fp8.plan import plan, require_matches, summary
 from rlhf.fp8.recipes import recipe_of
+from rlhf.fp8.state import layers_in_fp8
 
 
 def apply(model: nn.Module, config: Fp8) -> None:
@@ -35,17 +35,17 @@ def apply(model: nn.Module, config: Fp8) -> None:
 
 def described(model: nn.Module) -> str:
     """What runs in FP8, in one line; empty where nothing does."""
-    layers = [module for module in model.modules() if getattr(module, "is_fp8", False)]
+    layers = list(layers_in_fp8(model).values())
     if not layers:
         return ""
-    recipe, backend = layers[0].recipe.name, layers[0].backend  # pyright: ignore
+    recipe, backend = layers[0].recipe.name, layers[0].backend
     return f"{len(layers)} linear layers in FP8, recipe {recipe}, backend {backend} (`rlhf fp8 plan` lists them)"
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """FP8 layers compute as nn.Linear in here."""
-    layers: list[Any] = [module for module in model.modules() if getattr(module, "is_fp8", False)]
+    layers = layers_in_fp8(model).values()
     for layer in layers:
         layer.enabled = False
     try:
@@ -57,13 +57,11 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 def undo(model: nn.Module) -> None:
     """Plain nn.Linear layers in place of FP8 ones, with the same parameters."""
-    for place, module in list(model.named_modules()):
-        if isinstance(module, nn.Module) and getattr(module, "is_fp8", False):
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")  # pyright: ignore
-            plain.weight = module.weight  # pyright: ignore
-            plain.bias = module.bias  # pyright: ignore
-            plain.train(module.training)
-            _put(model, place, plain)
+    for place, layer in layers_in_fp8(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        plain.train(layer.training)
+        _put(model, place, plain)
 
 
 def _put(model: nn.Module, place: str, module: nn.Module) -> None:

@@ -44,10 +44,7 @@ class FP8Linear(nn.Linear):
         self.observe: Observer | None = None
         self.calibrating = False
         if recipe.delayed:
-            device = linear.weight.device
-            history = torch.zeros(recipe.amax_history, len(OPERANDS), device=device)
-            self.register_buffer("amax_history", history, persistent=False)
-            self.register_buffer("scale", torch.zeros(len(OPERANDS), device=device), persistent=False)
+            add_delayed_buffers(self, recipe)
         self._weights: dict[tuple[int, int], tuple[object, Quantized]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,13 +73,17 @@ class FP8Linear(nn.Linear):
             self._weights[tile] = before = now, self.quantized("weight", gemm, weight.detach())
         return before[1]
 
-    def forget_weights(self) -> None:
-        """Drops quantised weights that are kept; for whoever changes a weight behind autograd's back (`.data`)."""
-        self._weights.clear()
-
     def record(self, operand: Operand, x: Tensor) -> None:
         latest = self.amax_history[0, OPERANDS.index(operand)]
         latest.copy_(torch.maximum(latest, largest_magnitude(x)))
+
+
+def add_delayed_buffers(layer: nn.Linear, recipe: Recipe) -> None:
+    """Gives a layer, of whichever backend, the tensors delayed scaling remembers by; no state dict shows them."""
+    device = layer.weight.device
+    history = torch.zeros(recipe.amax_history, len(OPERANDS), device=device)
+    layer.register_buffer("amax_history", history, persistent=False)
+    layer.register_buffer("scale", torch.zeros(len(OPERANDS), device=device), persistent=False)
 
 
 class _Products(torch.autograd.Function):

@@ -90,14 +90,10 @@ def plan(model: nn.Module, config: Fp8) -> list[Decision]:
     return decisions
 
 
-def unmatched(decisions: Sequence[Decision], config: Fp8) -> list[str]:
-    """Patterns of `fp8.keep` that no layer answers to."""
-    return [pattern for pattern in config.keep if not any(kept_gemms(one.name, (pattern,)) for one in decisions)]
-
-
 def require_matches(decisions: Sequence[Decision], config: Fp8, model: nn.Module) -> None:
     """Raises ConfigError where a pattern of `fp8.keep` matches no layer."""
-    if missed := unmatched(decisions, config):
+    missed = [pattern for pattern in config.keep if not any(kept_gemms(one.name, (pattern,)) for one in decisions)]
+    if missed:
         names = sorted({one.name.rpartition(".")[2] for one in decisions})
         raise ConfigError(
             f"fp8.keep: {missed[0]!r} matches no layer of {type(model).__name__}; layers end in {', '.join(names)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,13 @@ def fp8_layers(model: nn.Module) -> dict[str, FP8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
 
 
+def layers_in_fp8(model: nn.Module) -> dict[str, Any]:
+    """By place, of whichever backend; `fp8_layers` are those of the reference."""
+    return {name: module for name, module in model.named_modules() if getattr(module, "is_fp8", False)}
+
+
 def delayed_layers(model: nn.Module) -> dict[str, DelayedLayer]:
-    found = {name: module for name, module in model.named_modules() if getattr(module, "is_fp8", False)}
-    layers = {name: cast(DelayedLayer, module) for name, module in found.items()}
-    return {name: layer for name, layer in layers.items() if layer.recipe.delayed}
+    return {name: layer for name, layer in layers_in_fp8(model).items() if layer.recipe.delayed}
 
 
 @torch.no_grad()

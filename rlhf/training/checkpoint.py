@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlhf.digest import text_digest
 from rlhf.errors import DataError, StorageError
+from rlhf.paths import sync
 from rlhf.runs.manifest import write_json
 
 SCHEMA_VERSION = 1
@@ -69,18 +70,18 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         write_json(partial / STATE, state)
         files = sorted(path for path in partial.iterdir())
         for path in files:
-            _sync(path)
+            sync(path)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "files": {path.name: _described(path) for path in files},
         }
         write_json(partial / MANIFEST, {**manifest, "digest": text_digest(json.dumps(manifest, sort_keys=True))})
-        _sync(partial)
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(
@@ -147,14 +148,6 @@ def _numbered(root: Path) -> list[tuple[int, Path]]:
 def _described(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(directory: Path) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rlhf.errors import ConfigError
 from rlhf.fp8.formats import E5M2
+from rlhf.fp8.linear import add_delayed_buffers
 from rlhf.fp8.recipes import OPERANDS, Gemm, Recipe
 from rlhf.fp8.scaling import largest_magnitude, scale_of
 
@@ -139,11 +140,8 @@ def _layer_class() -> Any:
             self.engine_recipe = engine_recipe(recipe, kept)
             self.calibrating = False
             if recipe.delayed:
-                device = linear.weight.device
-                history = torch.zeros(recipe.amax_history, len(OPERANDS), device=device)
-                self.register_buffer("amax_history", history, persistent=False)
-                self.register_buffer("scale", torch.zeros(len(OPERANDS), device=device), persistent=False)
-                self.register_buffer("_unrecorded", torch.zeros(1, device=device), persistent=False)
+                add_delayed_buffers(self, recipe)
+                self.register_buffer("_unrecorded", torch.zeros(1, device=linear.weight.device), persistent=False)
                 self._scaled: set[int] = set()
                 self.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = ()  # to it: "has been told whose scales to move"
 
