@@ -71,23 +71,36 @@ class _Placed:
         self.file = os.open(path, os.O_WRONLY)
 
     def write(self, key: str, tensor: Tensor) -> str:
-        content, offset = _bytes(tensor), self.offsets[key]
-        if len(content) != self.entries[key].bytes:  # one byte more would be the next tensor's
-            raise DataError(f"{self.path}: {key}: {len(content):,} bytes for a place of {self.entries[key].bytes:,}")
-        digest = hashlib.sha256()
-        for begin in range(0, len(content), CHUNK):
-            chunk = content[begin : begin + CHUNK]
+        begin, planned = self.offsets[key], self.entries[key].bytes
+        if tensor.nbytes != planned:  # one byte more would be the next tensor's
+            raise DataError(f"{self.path}: {key}: {tensor.nbytes:,} bytes for a place of {planned:,}")
+        digest, place = hashlib.sha256(), begin
+        for chunk in _chunks(tensor.detach()):
             digest.update(chunk)
             written = 0
             while written < len(chunk):
-                written += os.pwrite(self.file, chunk[written:], offset + begin + written)
+                written += os.pwrite(self.file, chunk[written:], place + written)
+            place += written
         # Begins to bring it to disk, so that the fsync at the end finds little left.
-        os.posix_fadvise(self.file, offset, len(content), os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self.file, begin, planned, os.POSIX_FADV_DONTNEED)
         return digest.hexdigest()
 
     def close(self) -> None:
         os.fsync(self.file)
         os.close(self.file)
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in order. One that does not lie so is put in order a few rows at a time, always in the same memory:
+    a copy of the whole would cost as much as writing it, most of that in pages touched for the first time."""
+    if tensor.is_contiguous() or tensor[0].nbytes > CHUNK:
+        content = _bytes(tensor)
+        for begin in range(0, len(content), CHUNK):
+            yield content[begin : begin + CHUNK]
+        return
+    buffer = torch.empty_like(tensor[: CHUNK // tensor[0].nbytes], memory_format=torch.contiguous_format)
+    for rows in tensor.split(len(buffer)):
+        yield _bytes(buffer[: len(rows)].copy_(rows))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
