@@ -31,6 +31,7 @@ from rlhf.config.schema import PpoConfig
 from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
+from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.ppo import policy_loss, value_loss
@@ -88,8 +89,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
-        if train.step_done == 0:
-            roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
+        roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
         engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size)
         engine.sync(policy, version=train.step_done)
 
@@ -136,7 +136,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             train.stats.put(stats)
             if step == 0:
                 invariants.first_scores(checks, experience, config)
-                if config.fp8.recipe != "none":
+                if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
                 if probe is not None:
                     loss_of = partial(ppo_loss, policy, config=config, pad_id=pad_id, device=train.device, stats=Stats())

@@ -63,6 +63,22 @@ class Fp8(Section):
     keep_last: Annotated[int, Field(ge=0)] = 0
     """Transformer layers left out at the top."""
 
+    @model_validator(mode="after")
+    def _has_meaning(self) -> Fp8:
+        """What a recipe does not have is no option of it: passed over in silence, a run would not be what its config says.
+
+        With none all is idle, so that one flag turns FP8 off and leaves the rest for when it comes back.
+        """
+        for names, recipes in (
+            (("amax_history", "amax_algorithm"), ("delayed",)),
+            (("margin",), ("delayed", "current")),
+            (("block_scales",), ("block",)),
+        ):
+            for name in names:
+                if self.recipe not in ("none", *recipes) and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no meaning with recipe {self.recipe}, only with {', '.join(recipes)}")
+        return self
+
 
 class Fp8Probe(Section):
     every: Annotated[int, Field(ge=0)] = 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
-from rlhf.fp8.backends import Backend, open_backend
+from rlhf.fp8.backends import Backend, open_backend, passed_over
 from rlhf.fp8.plan import plan, require_matches, summary
 from rlhf.fp8.recipes import recipe_of
 from rlhf.fp8.state import layers_in_fp8
@@ -29,8 +29,13 @@ def apply(model: nn.Module, config: Fp8) -> None:
         raise ConfigError(
             f"fp8.recipe {config.recipe}: no layer of {type(model).__name__} can run in FP8 ({summary(decisions)})"
         )
-    for one in chosen:
-        _put(model, one.place, backend.layer(model.get_submodule(one.place), recipe, one.high_precision))  # pyright: ignore
+    layers = {id(model.get_submodule(one.place)): one.high_precision for one in chosen}
+    made: dict[int, nn.Module] = {}
+    for place, linear in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places
+        if id(linear) in layers:
+            if id(linear) not in made:
+                made[id(linear)] = backend.layer(linear, recipe, layers[id(linear)])  # pyright: ignore[reportArgumentType]
+            model.set_submodule(place, made[id(linear)])
 
 
 def described(model: nn.Module) -> str:
@@ -38,14 +43,16 @@ def described(model: nn.Module) -> str:
     layers = list(layers_in_fp8(model).values())
     if not layers:
         return ""
-    recipe, backend = layers[0].recipe.name, layers[0].backend
-    return f"{len(layers)} linear layers in FP8, recipe {recipe}, backend {backend} (`rlhf fp8 plan` lists them)"
+    recipe, backend = layers[0].recipe, layers[0].backend
+    why = passed_over(recipe) if backend == "reference" else ""
+    emulated = f", emulated and slower than BF16 ({why})" if why else ""
+    return f"{len(layers)} linear layers in FP8, recipe {recipe.name}, backend {backend}{emulated} (`rlhf fp8 plan` lists them)"
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """FP8 layers compute as nn.Linear in here."""
-    layers = layers_in_fp8(model).values()
+    layers = [layer for layer in layers_in_fp8(model).values() if layer.enabled]
     for layer in layers:
         layer.enabled = False
     try:
@@ -55,15 +62,18 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+def is_on(model: nn.Module) -> bool:
+    """Whether any layer computes in FP8 at the moment."""
+    return any(layer.enabled for layer in layers_in_fp8(model).values())
+
+
 def undo(model: nn.Module) -> None:
     """Plain nn.Linear layers in place of FP8 ones, with the same parameters."""
-    for place, layer in layers_in_fp8(model).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
-        plain.train(layer.training)
-        _put(model, place, plain)
-
-
-def _put(model: nn.Module, place: str, module: nn.Module) -> None:
-    parent, _, name = place.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    made: dict[int, nn.Linear] = {}
+    for place, layer in list(model.named_modules(remove_duplicate=False)):
+        if getattr(layer, "is_fp8", False):
+            if id(layer) not in made:
+                made[id(layer)] = plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")  # pyright: ignore
+                plain.weight, plain.bias = layer.weight, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+                plain.train(layer.training)
+            model.set_submodule(place, made[id(layer)])

@@ -48,9 +48,14 @@ class FP8Linear(nn.Linear):
         self._weights: dict[tuple[int, int], tuple[object, Quantized]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled or (len(self.high_precision) == len(GEMMS) and self.observe is None):
-            return super().forward(x)
         record = self.recipe.delayed and (self.calibrating or torch.is_grad_enabled())
+        if not self.enabled:
+            y = super().forward(x)
+            if record:
+                record_beside(self, x, y)
+            return y
+        if len(self.high_precision) == len(GEMMS) and self.observe is None:
+            return super().forward(x)
         return _Products.apply(x, self.weight, self.bias, self, record)  # pyright: ignore[reportReturnType]
 
     def quantized(self, operand: Operand, gemm: Gemm, x: Tensor) -> Quantized:
@@ -73,9 +78,23 @@ class FP8Linear(nn.Linear):
             self._weights[tile] = before = now, self.quantized("weight", gemm, weight.detach())
         return before[1]
 
-    def record(self, operand: Operand, x: Tensor) -> None:
-        latest = self.amax_history[0, OPERANDS.index(operand)]
-        latest.copy_(torch.maximum(latest, largest_magnitude(x)))
+    def forget_weights(self) -> None:
+        """Weights are quantised anew: an engine may have written them where no version of a tensor tells (`.data`)."""
+        self._weights.clear()
+
+
+def record_magnitude(layer: Any, operand: Operand, x: Tensor) -> None:
+    """Takes an operand's largest magnitude into the step's row. Of a tensor with NaN there is none: one row would be lost to it."""
+    latest = layer.amax_history[0, OPERANDS.index(operand)]
+    latest.copy_(torch.fmax(latest, largest_magnitude(x)))
+
+
+def record_beside(layer: Any, x: Tensor, y: Tensor) -> None:
+    """What a layer with delayed scaling would have seen, of a pass without FP8: its scales fit when FP8 goes on."""
+    record_magnitude(layer, "activation", x.detach())
+    record_magnitude(layer, "weight", layer.weight.detach())
+    if y.requires_grad:
+        y.register_hook(lambda gradient: record_magnitude(layer, "gradient", gradient))
 
 
 def add_delayed_buffers(layer: nn.Linear, recipe: Recipe) -> None:
@@ -93,11 +112,11 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: FP8Linear, record: bool) -> Tensor:
         ctx.layer, ctx.record, ctx.shape, ctx.has_bias = layer, record, x.shape, bias is not None
         ctx.dtypes = x.dtype, weight.dtype
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).to(_result_type(x))  # autocast has nn.Linear see bf16, and a GPU's FP8 layers, too
         operands: tuple[tuple[Operand, Tensor], ...] = (("activation", flat), ("weight", weight))
         for operand, matrix in operands:
             if record:
-                layer.record(operand, matrix)
+                record_magnitude(layer, operand, matrix)
             if layer.observe is not None:
                 layer.observe(operand, matrix)
         quantized = None
@@ -108,20 +127,21 @@ class _Products(torch.autograd.Function):
             y = _times(quantized, layer.quantized_weight("fprop"), transposed=True)
             if bias is not None:
                 y = y + bias.float()
-            y = y.to(_result_type(x))
+            y = y.to(flat.dtype)
         # a tensor of one scale is the same operand in wgrad; others are quantised again there, along tokens
-        ctx.activation = quantized if quantized is not None and quantized.factor is not None else None
-        needed = ctx.needs_input_grad[1] and (ctx.activation is None or "wgrad" in layer.high_precision)
-        ctx.save_for_backward(flat if needed else None, weight)
+        again = quantized is None or quantized.factor is None or "wgrad" in layer.high_precision
+        kept = Quantized(flat, None) if quantized is None or again else quantized
+        ctx.again = again
+        ctx.save_for_backward(*(kept if ctx.needs_input_grad[1] else (None, None)), weight)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layer: FP8Linear = ctx.layer
-        activation, weight = ctx.saved_tensors
+        activation, factor, weight = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         if ctx.record:
-            layer.record("gradient", gradient)
+            record_magnitude(layer, "gradient", gradient)
         if layer.observe is not None:
             layer.observe("gradient", gradient)
         of_x = of_weight = of_bias = None
@@ -139,7 +159,7 @@ class _Products(torch.autograd.Function):
             else:
                 if quantized is None or quantized.factor is None:
                     quantized = layer.quantized("gradient", "wgrad", gradient)
-                right = ctx.activation or layer.quantized("activation", "wgrad", activation)
+                right = layer.quantized("activation", "wgrad", activation) if ctx.again else Quantized(activation, factor)
                 of_weight = _times(Quantized(quantized.values.t(), quantized.factor), right)
             of_weight = of_weight.to(ctx.dtypes[1])
         if ctx.has_bias and ctx.needs_input_grad[2]:

@@ -62,7 +62,7 @@ Rule = tuple[Callable[[_Candidate, Fp8], bool], str]
 RULES: tuple[Rule, ...] = (
     (lambda c, _: isinstance(c.module, nn.Embedding), "embedding: a look-up, no matrix product"),
     (lambda c, _: ".lora_" in f".{c.name}", "LoRA factor: small, and trained"),
-    (lambda c, _: c.shape[0] == 1, "scalar head: its one number is the value or the reward"),
+    (lambda c, _: c.shape[0] == 1, "one output (a value, a reward, a gate): no product for tensor cores"),
     (lambda c, _: id(c.module.weight) in c.heads, "LM head: logits need high precision"),
     (lambda c, _: type(c.module) is not nn.Linear, "not an nn.Linear"),
     (lambda c, _: any(size % MULTIPLE for size in c.shape), f"a dimension is no multiple of {MULTIPLE}"),

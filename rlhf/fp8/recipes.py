@@ -43,7 +43,8 @@ SHAPES: dict[str, Shape] = {
     "rowwise": Shape((1, 0), (1, 0), "fp32", "e4m3", True),
     "mxfp8": Shape((1, 32), (1, 32), "e8m0", "e4m3", True),
 }
-"""Names and numbers are those of Transformer Engine 2.20 (common/recipe) and, for rowwise, of torchao 0.18."""
+"""Names and numbers are those of Transformer Engine 2.20 (common/recipe); rowwise is torchao 0.18's, with scales as they come
+where its own recipe (float8/config.py) rounds them to powers of two."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the same scales, which keeps the first ratio at exactly 1. Every rank takes the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -52,7 +52,10 @@ def advance(model: nn.Module, over_ranks: Callable[[Tensor], Tensor] = lambda am
 
     Source: Transformer Engine 2.20, common/recipe/delayed_scaling.cu: the row at hand counts, then the history rolls by one.
     """
-    layers = list(delayed_layers(model).values())
+    _advance(list(delayed_layers(model).values()), over_ranks)
+
+
+def _advance(layers: Sequence[DelayedLayer], over_ranks: Callable[[Tensor], Tensor] = lambda amax: amax) -> None:
     if not layers:
         return
     latest = over_ranks(torch.stack([layer.amax_history[0] for layer in layers]))
@@ -68,10 +71,15 @@ def advance(model: nn.Module, over_ranks: Callable[[Tensor], Tensor] = lambda am
         history[0].zero_()
 
 
+def uncalibrated(model: nn.Module) -> list[DelayedLayer]:
+    """Layers whose activation or weight has no scale yet: a new run's, or those a changed config has put into FP8."""
+    return [layer for layer in delayed_layers(model).values() if not bool((layer.scale[:2] > 0).all())]
+
+
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Forwards in here record magnitudes, gradients or not, under scales of their own; afterwards the scales are set."""
-    layers = list(delayed_layers(model).values())
+    """Gives scales to layers that have none: forwards in here record their magnitudes, gradients or not."""
+    layers = uncalibrated(model)
     for layer in layers:
         layer.calibrating = True
     try:
@@ -79,7 +87,14 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.calibrating = False
-    advance(model)
+    with torch.no_grad():
+        _advance(layers)
+
+
+def forget_weights(model: nn.Module) -> None:
+    """After an optimizer step: weights are quantised anew, whichever way an engine wrote them."""
+    for layer in fp8_layers(model).values():
+        layer.forget_weights()
 
 
 def fp8_state(model: nn.Module) -> dict[str, Tensor]:
@@ -88,13 +103,16 @@ def fp8_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_fp8_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts saved state back.
+def load_fp8_state(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Puts saved state back. Not `strict`: of what fits; other layers of the model have no scale yet.
 
     Raises:
         DataError: layers, or the length of the history, are not those it was saved from.
     """
     own = fp8_state(model)
+    if not strict:
+        own = {name: tensor for name, tensor in own.items() if name in tensors and tensor.shape == tensors[name].shape}
+        tensors = {name: tensors[name] for name in own}
     if unlike := set(own) ^ set(tensors):
         where = "is not in the model" if min(unlike) in tensors else "was not saved"
         raise DataError(f"FP8 state: {min(unlike)} {where}; it belongs to another model, or to other fp8 settings")

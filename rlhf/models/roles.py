@@ -19,7 +19,7 @@ from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import ConfigError, DataError
 from rlhf.fp8.apply import apply
-from rlhf.fp8.state import calibrating, delayed_layers
+from rlhf.fp8.state import calibrating, uncalibrated
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
@@ -99,17 +99,18 @@ class Roles:
 
     @torch.no_grad()
     def calibrate(self, prompts: Sequence[list[int]], size: int) -> None:
-        """Sets the scales of delayed FP8 scaling by forwards over some prompts, before anything is sampled with them.
+        """Sets delayed FP8 scales that are not set yet by forwards over some prompts, before anything is sampled with them.
 
         Every rank takes the same prompts, so all have the same scales, and the actor those of its reference.
         """
         frozen = [role.model for role in (self.reference, self.reward) if role is not None]
         for model in (self.policy, *frozen):
-            if not delayed_layers(model):
+            if not uncalibrated(model):
                 continue
             with calibrating(model):
                 for rows in chunks(prompts, size):
-                    model(token_batch(*pad(rows, self.pad_id, left=True)).to(next(model.parameters()).device))
+                    batch = token_batch(*pad(rows, self.pad_id, left=True), keep=1)
+                    model(batch.to(next(model.parameters()).device))
 
     @property
     def stop_ids(self) -> list[int]:

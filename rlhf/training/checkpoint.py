@@ -41,7 +41,9 @@ class Checkpoint:
     step: int
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.directory / f"{name}.safetensors")
+        """Of the file of that name; none where a run had nothing to put there."""
+        path = self.directory / f"{name}.safetensors"
+        return load_file(path) if path.exists() else {}
 
     def state(self) -> dict[str, Any]:
         return json.loads((self.directory / STATE).read_text(encoding="utf-8"))

@@ -24,11 +24,16 @@ from rlhf.functional.masked import WHITENING_EPS, Moments
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.rollout.experience import Experience
 
-ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25, "fp8": 0.25, "fp8 by batch": 2.0}
-"""Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply. In FP8 a difference in the
-last bit can turn a code into its neighbour, 6% away; by batch: where scales follow from all rows together, too."""
+ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
+"""Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply, by precision."""
+ROLLOUT_TOLERANCE_FP8, ROLLOUT_TOLERANCE_FP8_BY_BATCH = 0.05, 2.0
+"""The same in FP8, where that is more: a difference in the last bit can turn a code into its neighbour, 6% away.
+By batch: where scales follow from all rows together, too."""
 
 BATCH_MATES = 16
+BATCH_MATES_TOLERANCE = 1e-2
+"""In nats. On a CPU the difference is exactly 0; kernels that sum in another order for another batch turn single codes (at most
+4e-3 seen), scales shared by all rows move every one (0.03 to 0.6 seen)."""
 
 
 Probe = Callable[..., None]
@@ -105,16 +110,19 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
 
     A recipe that scales all rows together does; that is no failure but a warning, with what was measured.
     """
-    rows = [
+    whole = [
         prompt + tokens[real.bool()].tolist()
         for prompt, tokens, real in zip(experience.prompts, experience.tokens, experience.mask, strict=True)
-    ][:BATCH_MATES]
-    length = min(map(len, rows))
+    ]
+    rows = sorted(whole, key=len, reverse=True)[:BATCH_MATES]  # cut to one length, the longest tell most
+    length = len(rows[-1])
+    if len(rows) < 2 or length < 2:
+        return f"fp8.recipe {config.fp8.recipe}: too few tokens to compare replies scored alone and together"
     ids = torch.tensor([row[:length] for row in rows], device=next(policy.parameters()).device)
     mask = torch.ones_like(ids)
 
     def logprobs(part: slice) -> Tensor:
-        logits = policy(token_batch(ids[part], mask[part])).logits
+        logits = policy(token_batch(ids[part], mask[part]), roles=("actor",)).logits
         assert logits is not None
         return token_logprobs(logits[:, :-1], ids[part, 1:], config.rollout.temperature)
 
@@ -123,7 +131,7 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
     largest, recipe = apart.max(), config.fp8.recipe
     measured = f"{len(rows)} replies scored alone and together differ by {apart.mean():.1e} nats a token, at most {largest:.1e}"
     if recipe_of(config.fp8).batch_invariant:
-        within = largest <= _tolerance(config)
+        within = largest <= BATCH_MATES_TOLERANCE
         checks.expect("batch mates", within, largest, "a reply gets the same log-probs alone and beside others")
         return f"fp8.recipe {recipe}: {measured}"
     return (
@@ -133,9 +141,11 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
 
 
 def _tolerance(config: PpoConfig) -> float:
+    plain = ROLLOUT_TOLERANCE[config.precision]
     if config.fp8.recipe == "none":
-        return ROLLOUT_TOLERANCE[config.precision]
-    return ROLLOUT_TOLERANCE["fp8" if recipe_of(config.fp8).batch_invariant else "fp8 by batch"]
+        return plain
+    invariant = recipe_of(config.fp8).batch_invariant
+    return max(plain, ROLLOUT_TOLERANCE_FP8 if invariant else ROLLOUT_TOLERANCE_FP8_BY_BATCH)
 
 
 def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:

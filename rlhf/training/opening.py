@@ -46,7 +46,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
         stack.callback(console.close)
         stop = StopRequest(config.max_hours)
         stack.callback(stop.restore)
-        train = Training(stage, config, accelerator, console, stop)
+        train = Training(stage, config, accelerator, console, stop, allow_inexact_resume)
         _open_run(train, allow_inexact_resume, stack)
         try:
             if config.report.trackers:

@@ -26,7 +26,7 @@ from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import CheckFailed, DataError, Preempted
 from rlhf.fp8.apply import described
-from rlhf.fp8.state import advance, fp8_state, load_fp8_state
+from rlhf.fp8.state import advance, forget_weights, fp8_state, load_fp8_state, uncalibrated
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
@@ -46,8 +46,17 @@ class Stateful(Protocol):
 class Training:
     """One run of one stage in one process. Made by `open_training`."""
 
-    def __init__(self, stage: str, config: Stage, accelerator: Accelerator, console: Console, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        stage: str,
+        config: Stage,
+        accelerator: Accelerator,
+        console: Console,
+        stop: StopRequest,
+        allow_inexact_resume: bool = False,
+    ) -> None:
         self.stage, self.config, self.accelerator, self.console, self.stop = stage, config, accelerator, console, stop
+        self.allow_inexact_resume = allow_inexact_resume
         self.run = Path(config.output)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
@@ -187,6 +196,7 @@ class Training:
                     parameter.grad = None  # Adam skips it; a gradient of 0 would count as a step
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad()
+        forget_weights(self.policy)
         self.stats.add("optimizer/grad_norm", norm)
         self.stats.put({"optimizer/lr": self.optimizer.param_groups[0]["lr"]})
 
@@ -298,8 +308,9 @@ class Training:
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
         restore_optimizer(self.optimizer, found.tensors("optimizer"))
-        if fp8_state(self.all_models()):
-            load_fp8_state(self.all_models(), found.tensors("fp8"))
+        load_fp8_state(self.all_models(), found.tensors("fp8"), strict=not self.allow_inexact_resume)
+        if self.allow_inexact_resume and (fresh := uncalibrated(self.policy)):
+            self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
         own = state["training"]
         self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
         for name, value in self.states.items():

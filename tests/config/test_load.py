@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from rlhf import paths
 from rlhf.config import find_config, load, to_json, tree
 from rlhf.config.schema import STAGES, PpoConfig, SftConfig
+from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
 
 GOOD = """\
@@ -375,3 +377,17 @@ def test_a_config_that_is_not_there_names_the_nearest(configs: Path) -> None:
 def test_a_directory_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load(SftConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"recipe": "block", "margin": 1}, "margin has no meaning with recipe block, only with delayed, current"),
+        ({"recipe": "current", "amax_history": 7}, "amax_history has no meaning with recipe current, only with delayed"),
+        ({"recipe": "rowwise", "block_scales": "fp32"}, "block_scales has no meaning with recipe rowwise, only with block"),
+    ],
+)
+def test_what_an_fp8_recipe_does_not_have_is_refused(settings, problem):
+    with pytest.raises(ValidationError, match=problem):
+        Fp8(**settings)
+    Fp8(**{**settings, "recipe": "none"})  # FP8 off, whatever it was before

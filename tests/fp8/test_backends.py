@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
+from rlhf.fp8.apply import apply, described
 from rlhf.fp8.backends import BACKENDS, open_backend, te, torchao
 from rlhf.fp8.recipes import recipe_of
 
@@ -71,6 +72,10 @@ def test_auto_goes_on_where_one_cannot(machine):
     assert te.obstacle(recipe("block")) == "cuBLAS is too old"
     chosen = {name: open_backend("auto", recipe(name)).name for name in ("current", "block", "delayed")}
     assert chosen == {"current": "torchao", "block": "reference", "delayed": "reference"}
+    model = nn.Sequential(nn.Linear(32, 32))
+    apply(model, Fp8(recipe="block"))
+    why = "te: cuBLAS is too old; torchao: torchao has current and rowwise only"
+    assert f"backend reference, emulated and slower than BF16 ({why})" in described(model)
     machine((8, 0), able=(False, "too old"))
     assert open_backend("auto", recipe("current")).name == "reference"
 

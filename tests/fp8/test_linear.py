@@ -10,7 +10,7 @@ from rlhf.config.sections import Fp8
 from rlhf.fp8.formats import E4M3, E5M2, encode
 from rlhf.fp8.linear import FP8Linear
 from rlhf.fp8.recipes import GEMMS, recipe_of
-from rlhf.fp8.state import advance, calibrating
+from rlhf.fp8.state import advance, calibrating, forget_weights
 
 RECIPES = ("delayed", "current", "block", "rowwise", "mxfp8")
 KINDS = {"block": "power_of_two", "mxfp8": "power_of_two"}
@@ -107,7 +107,7 @@ def test_each_product_can_be_kept(name, kept):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_bf16_autocast(name):
-    """Under autocast the result has autocast's type, and its operands are bf16 numbers, as nn.Linear's are."""
+    """Under autocast the result has autocast's type, and what it quantises is bf16, as what nn.Linear multiplies."""
     linear, x, gradient = layer_and_data()
     layer = FP8Linear(linear, recipe_of(Fp8(recipe=name)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -115,6 +115,8 @@ def test_bf16_autocast(name):
         plain = linear(x)
     assert y.dtype == plain.dtype == torch.bfloat16
     assert (y.float() - plain.float()).norm() / plain.float().norm() < 0.06
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(y, layer(x.bfloat16()))
     y.backward(gradient.bfloat16())
     assert linear.weight.grad.dtype == torch.float32
 
@@ -167,3 +169,33 @@ def test_numbers_beyond_delayed_scales_saturate():
     exact = linear(100 * x)
     assert (clipped - exact).norm() / exact.norm() > 0.8
     assert (layer(100 * x) - exact).norm() / exact.norm() < 0.06
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_that_backward_needs_is_saved_by_autograd(name):
+    """What is kept elsewhere, gradient checkpointing cannot drop."""
+    linear, x, gradient = layer_and_data()
+    layer = FP8Linear(linear, recipe_of(Fp8(recipe=name)))
+    packed: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> int:
+        packed.append(tensor)
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index]):
+        y = layer(x)
+    assert sum(tensor.shape == (96, 272) for tensor in packed) == 1
+    packed[:] = [torch.zeros_like(tensor) for tensor in packed]
+    y.backward(gradient)
+    assert not linear.weight.grad.any()
+
+
+def test_weights_written_behind_torchs_back_are_seen_after_a_step():
+    """DeepSpeed copies into `.data`, which counts no version: the session forgets quantised weights with every step."""
+    linear, x, _ = layer_and_data(bias=False)
+    layer = FP8Linear(linear, recipe_of(Fp8(recipe="block")))
+    before = layer(x)
+    linear.weight.data.mul_(2)
+    assert torch.equal(layer(x), before)
+    forget_weights(layer)
+    assert torch.equal(layer(x), 2 * before)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -52,7 +53,7 @@ def test_a_tied_head_and_a_scalar_head_stay():
     assert decisions(tied)["lm_head"][0] is False
     scalar = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1))
     found = decisions(scalar)
-    assert found["score"] == (False, "scalar head: its one number is the value or the reward")
+    assert found["score"] == (False, "one output (a value, a reward, a gate): no product for tensor cores")
     assert sum(in_fp8 for in_fp8, _ in found.values()) == 21
 
 
@@ -140,3 +141,15 @@ def test_all_products_are_named_in_the_table():
     kept = plan(llama(), Fp8(recipe="block", high_precision=("dgrad",)))
     assert {one.high_precision for one in kept if one.in_fp8} == {frozenset(["dgrad"])}
     assert {one.high_precision for one in kept if not one.in_fp8} == {frozenset(GEMMS)}
+
+
+def test_a_layer_that_stands_in_two_places_is_one_fp8_layer():
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(32, 32))})
+    apply(model, Fp8(recipe="block"))
+    assert isinstance(model["a"], FP8Linear)
+    assert model["b"][0] is model["a"]
+    undo(model)
+    assert type(model["a"]) is nn.Linear
+    assert model["b"][0] is model["a"]
+    assert model["a"].weight is shared.weight

@@ -89,6 +89,7 @@ def test_a_forward_is_a_padded_region_of_its_own(found: dict[str, Any], name: st
     if name == "delayed":  # no history yet: the first tensors' own magnitude, a power of two below it for the margin
         expected = [largest / 2 / amax for largest, amax in zip((448, 448, 57344), seen["largest"], strict=True)]
         assert seen["scales"] == pytest.approx(expected, rel=1e-6)
+        assert seen["anew"] == pytest.approx(expected, rel=1e-6)  # set to none by a load, they are found again
 
 
 def test_into_a_model_and_out(found: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from rlhf.config.sections import Fp8
 from rlhf.errors import DataError
-from rlhf.fp8.linear import FP8Linear
+from rlhf.fp8.apply import switched_off
+from rlhf.fp8.linear import FP8Linear, record_magnitude
 from rlhf.fp8.recipes import recipe_of
-from rlhf.fp8.state import advance, calibrating, fp8_state, load_fp8_state
+from rlhf.fp8.state import advance, calibrating, fp8_state, load_fp8_state, uncalibrated
 
 
 def layer(**settings) -> FP8Linear:
@@ -108,3 +109,53 @@ def test_state_is_plain_tensors_and_loads_strictly(tmp_path):
         load_fp8_state(fresh, tensors | {"c.scale": tensors["a.scale"]})
     with pytest.raises(DataError, match=r"a\.amax_history is \(1024, 3\), the model's \(16, 3\)"):
         load_fp8_state(nn.ModuleDict({"a": layer(amax_history=16)}), tensors)
+
+
+def test_what_is_not_a_number_is_passed_over():
+    """A tensor with NaN has no largest magnitude; what the step's other micro-batches said stays."""
+    module = layer(amax_history=4)
+    x = torch.full((2, 32), 2.0)
+    x[0, 0] = float("nan")
+    step(module, 1.0, 1.0)
+    record_magnitude(module, "activation", x)
+    assert float(module.amax_history[0, 0]) == 1.0  # the tensor's own largest is not told
+    record_magnitude(module, "activation", x[1:])
+    advance(module)
+    assert float(module.scale[0]) == 224.0
+
+
+def test_of_another_plan_what_fits_is_taken_and_the_rest_is_calibrated():
+    """A run that goes on with a longer keep-list, or with FP8 where there was none."""
+    saved = nn.ModuleDict({"a": layer(), "b": layer()})
+    for module in saved.values():
+        step(module, 3.0, 1.0)
+    advance(saved)
+    model = nn.ModuleDict({"b": layer(), "c": layer()})
+    load_fp8_state(model, fp8_state(saved), strict=False)
+    assert torch.equal(model["b"].scale, saved["b"].scale)
+    assert uncalibrated(model) == [model["c"]]
+    before = {name: tensor.clone() for name, tensor in fp8_state(model["b"]).items()}
+    with torch.no_grad(), calibrating(model):
+        for module in model.values():
+            module(torch.full((2, 32), 7.0))
+    assert float(model["c"].scale[0]) == 64.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fp8_state(model["b"]).items())
+    load_fp8_state(model, {}, strict=False)
+    with pytest.raises(DataError, match="was not saved"):
+        load_fp8_state(model, {})
+
+
+def test_a_span_without_fp8_leaves_scales_that_fit():
+    """The same rows, with FP8 and without: the same magnitudes go into the history; nothing is rounded."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(4, 32), torch.randn(4, 16)
+    on, off = layer(), layer()
+    on(x).backward(gradient)
+    with switched_off(off):
+        y = off(x)
+        y.backward(gradient)
+        with torch.no_grad():
+            off(100 * x)  # no gradient, no record
+    assert torch.equal(y, nn.functional.linear(x, off.weight, off.bias))
+    assert torch.equal(on.amax_history, off.amax_history)
+    assert bool((off.amax_history[0] > 0).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from test_resume import left
 from transformers import AutoModelForCausalLM
 
+from rlhf.fp8.recipes import SHAPES
 from rlhf.fp8.state import advance
 from rlhf.models.load import Loading, load_actor
 
@@ -138,3 +140,28 @@ def test_fp64_and_the_unit_test_are_refused(llamas, tmp_path):
     assert "fp8.recipe must be `none` with precision `fp64`" in log.read_text()
     assert run("ppo", ["--unit-test", "--fp8.recipe=block"], log) == 78
     assert "fp8.recipe: the unit test compares numbers closer than FP8 can tell apart" in log.read_text()
+
+
+def test_the_check_finds_a_recipe_that_mixes_rows(llamas, tmp_path, monkeypatch):
+    """Negative control: per-tensor scales, declared not to depend on the batch."""
+    monkeypatch.setitem(SHAPES, "current", replace(SHAPES["current"], batch_invariant=True))
+    log = tmp_path / "log"
+    assert run("ppo", arguments("ppo", llamas, tmp_path / "ppo", "current", schedule__length=1), log) == 1
+    assert "batch mates" in log.read_text()
+
+
+@pytest.mark.parametrize(("first", "second"), [("none", "delayed"), ("delayed", "delayed"), ("delayed", "none")])
+def test_a_run_goes_on_with_other_fp8_settings_where_it_may(first, second, llamas, tmp_path):
+    """Rungs 1 and 4 of the debugging ladder: without FP8, and with a keep-list."""
+    output, log, long = tmp_path / "ppo", tmp_path / "log", {"schedule__length": 8}
+    pid = start_on(1, "ppo", arguments("ppo", llamas, output, first, **long), log)[0]
+    while not list((output / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    keep = {"fp8__keep": "*.down_proj"} if first == second else {}
+    changed = arguments("ppo", llamas, output, second, **long, **keep)
+    assert run("ppo", changed, log) == 65
+    assert run("ppo", [*changed, "--allow-inexact-resume"], log) == 0, log.read_text()
+    assert "goes on from" in log.read_text()
+    assert ("FP8 layers have no scale in the checkpoint" in log.read_text()) == (first == "none")

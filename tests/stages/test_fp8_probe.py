@@ -39,6 +39,8 @@ def test_a_probe_changes_nothing_of_the_run(stage, llamas, tmp_path):
     assert verdict["kept"] == "in FP8"
     assert (tmp_path / "probed" / "fp8_probe" / "step-4" / "verdict.json").exists()
     assert log.read_text().count("FP8 probe of steps") == 2
+    said = log.read_text().count("scored alone and together")  # of the FP8 steps only, twice in ppo: probed and plain
+    assert said == (2 if stage == "ppo" else 0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -60,20 +62,20 @@ def test_too_large_a_gap_falls_back(processes, llamas, tmp_path, monkeypatch):
     assert steps(metrics(tmp_path / "probed")) == steps(metrics(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("fallback", ["false", "true"])
-def test_killed_inside_a_span_it_begins_the_span_again(fallback, llamas, tmp_path):
+@pytest.mark.parametrize(("stage", "fallback"), [("sft", "false"), ("sft", "true"), ("ppo", "false")])
+def test_killed_inside_a_span_it_begins_the_span_again(stage, fallback, llamas, tmp_path):
     log, settings = tmp_path / "log", {**PROBED, "fp8__probe__steps": 4, "fp8__probe__fallback": fallback}
-    assert run("sft", flags("sft", llamas, tmp_path / "whole", **settings), log) == 0, log.read_text()
+    assert run(stage, flags(stage, llamas, tmp_path / "whole", **settings), log) == 0, log.read_text()
     output = tmp_path / "killed"
     for sent, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        pid = start("sft", flags("sft", llamas, output, **settings), log)
+        pid = start(stage, flags(stage, llamas, output, **settings), log)
         place = output / "fp8_probe" / "step-0" / "metrics.jsonl"
         while not place.exists() or not place.read_text():
             time.sleep(0.005)
         os.kill(pid, sent)
         assert wait(pid) == code, log.read_text()
         place.unlink()
-    assert run("sft", flags("sft", llamas, output, **settings), log) == 0, log.read_text()
+    assert run(stage, flags(stage, llamas, output, **settings), log) == 0, log.read_text()
     assert left(output) == left(tmp_path / "whole")
 
 

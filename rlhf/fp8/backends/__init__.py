@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -25,6 +26,14 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Backend] = {"te": te, "torchao": torchao, "reference": reference}
 """In the order `auto` prefers them. Packages are imported by `obstacle` and `layer`, never before."""
+
+
+def passed_over(recipe: Recipe) -> str:
+    """Why `auto` does not take a backend it would prefer; empty without a GPU, where it prefers none."""
+    if not torch.cuda.is_available():
+        return ""
+    obstacles = ((name, backend.obstacle(recipe)) for name, backend in BACKENDS.items())
+    return "; ".join(f"{name}: {why}" for name, why in takewhile(lambda one: one[1], obstacles))
 
 
 def open_backend(name: str, recipe: Recipe) -> Backend:

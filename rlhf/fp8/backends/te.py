@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from rlhf.errors import ConfigError
 from rlhf.fp8.formats import E5M2
-from rlhf.fp8.linear import add_delayed_buffers
+from rlhf.fp8.linear import add_delayed_buffers, record_beside
 from rlhf.fp8.recipes import OPERANDS, Gemm, Recipe
 from rlhf.fp8.scaling import largest_magnitude, scale_of
 
@@ -82,8 +82,9 @@ def layer(linear: nn.Linear, recipe: Recipe, high_precision: frozenset[Gemm]) ->
             f"fp8.keep: {', '.join(sorted(kept))} in high precision: with recipe {recipe.name} backend te can leave out "
             f"{able}. Keep whole layers, or choose backend reference"
         )
-    if recipe.name == "mxfp8" and any(size % MULTIPLE["mxfp8"] for size in shape):
-        raise ConfigError(f"fp8.recipe mxfp8: a layer is {shape}, no multiples of 32; name it in fp8.keep")
+    multiple = MULTIPLE[recipe.name]
+    if any(size % multiple for size in shape):
+        raise ConfigError(f"fp8.recipe {recipe.name}: a layer is {shape}, no multiples of {multiple}; name it in fp8.keep")
     return _layer_class()(linear, recipe, kept)
 
 
@@ -142,12 +143,16 @@ def _layer_class() -> Any:
             if recipe.delayed:
                 add_delayed_buffers(self, recipe)
                 self.register_buffer("_unrecorded", torch.zeros(1, device=linear.weight.device), persistent=False)
-                self._scaled: set[int] = set()
+                self._scaled: dict[int, int] = {}  # by operand, the version of `scale` that was seen to have one
                 self.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = ()  # to it: "has been told whose scales to move"
 
         def forward(self, x: Tensor) -> Tensor:
+            recording = self.recipe.delayed and (self.calibrating or torch.is_grad_enabled())
             if not self.enabled:
-                return F.linear(x, self.weight, self.bias)
+                y = F.linear(x, self.weight, self.bias)
+                if recording:
+                    record_beside(self, x, y)
+                return y
             flat = x.reshape(-1, x.shape[-1])
             padded = F.pad(flat, (0, 0, 0, -len(flat) % MULTIPLE[self.recipe.name]))
             if self.recipe.delayed:
@@ -155,7 +160,7 @@ def _layer_class() -> Any:
                 self._first_scale(1, self.weight)
             with engine.autocast(enabled=True, recipe=self.engine_recipe):
                 y = super().forward(padded)
-            if self.recipe.delayed and y.requires_grad and 2 not in self._scaled:
+            if self.recipe.delayed and y.requires_grad:
                 y.register_hook(lambda gradient: self._first_scale(2, gradient))
             return y[: len(flat)].view(*x.shape[:-1], y.shape[-1])
 
@@ -172,10 +177,11 @@ def _layer_class() -> Any:
 
         @torch.no_grad()
         def _first_scale(self, place: int, x: Tensor) -> None:
-            if place not in self._scaled:
-                if not bool(self.scale[place] > 0):
-                    format = self.recipe.format_of(OPERANDS[place])
-                    self.scale[place] = scale_of(largest_magnitude(x), format, self.recipe.margin)
-                self._scaled.add(place)
+            if self._scaled.get(place) == self.scale._version:  # asking a GPU's tensor takes a wait
+                return
+            if not bool(self.scale[place] > 0):
+                format = self.recipe.format_of(OPERANDS[place])
+                self.scale[place] = scale_of(largest_magnitude(x), format, self.recipe.margin)
+            self._scaled[place] = self.scale._version
 
     return EngineLinear
