@@ -84,7 +84,7 @@ class FP8Linear(nn.Linear):
 
 
 def record_magnitude(layer: Any, operand: Operand, x: Tensor) -> None:
-    """Takes an operand's largest magnitude into the step's row. Of a tensor with NaN there is none: one row would be lost to it."""
+    """Takes an operand's largest magnitude into the step's row; a tensor with NaN has none, and would cost that row."""
     latest = layer.amax_history[0, OPERANDS.index(operand)]
     latest.copy_(torch.fmax(latest, largest_magnitude(x)))
 

@@ -31,8 +31,9 @@ from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
 from rlhf.runs.manifest import MANIFEST, finish, write_json
-from rlhf.training import checkpoint, fp8_probe
+from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches
+from rlhf.training.fp8 import span
 from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 from rlhf.training.signals import StopRequest
 
@@ -130,8 +131,8 @@ class Training:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to its end; between them the run is saved, and stopped if asked."""
         while self.progress() < 1:
-            if fp8_probe.is_due(self):
-                yield from fp8_probe.probed_span(self)
+            if span.is_due(self):
+                yield from span.probed_span(self)
                 continue
             yield from self.one_step()
             signal_number = self._agree_to_stop()

@@ -149,10 +149,10 @@ def model() -> dict[str, Any]:
     return {"said": said, "same": before == during == after, "undone": [type(one).__name__ for one in whole]}
 
 
-def refused(fp8: dict[str, Any], keep: list[str]) -> str:
+def refused(fp8: dict[str, Any], keep: list[str], width: int = 128) -> str:
     try:
         recipe = recipe_of(Fp8(**fp8))
-        open_backend("te", recipe).layer(nn.Linear(48, 64), recipe, frozenset(keep))  # pyright: ignore
+        open_backend("te", recipe).layer(nn.Linear(width, 128), recipe, frozenset(keep))  # pyright: ignore
     except ConfigError as error:
         return str(error)
     return ""

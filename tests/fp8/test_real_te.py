@@ -35,7 +35,8 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "model": ("model", {}),
     "keep": ("refused", {"fp8": {"recipe": "block"}, "keep": ["wgrad"]}),
     "keep both": ("refused", {"fp8": {"recipe": "block"}, "keep": ["dgrad", "wgrad"]}),
-    "32": ("refused", {"fp8": {"recipe": "mxfp8"}, "keep": []}),
+    "32": ("refused", {"fp8": {"recipe": "mxfp8"}, "keep": [], "width": 48}),
+    "128": ("refused", {"fp8": {"recipe": "block"}, "keep": [], "width": 144}),
     **{f"fields {name}": ("recipe_fields", {"fp8": fp8}) for name, fp8 in RECIPES.items()},
     **{f"quantizers {name}": ("quantizers", {"fp8": fp8}) for name, fp8 in RECIPES.items()},
     **{f"forward {name}": ("forward", {"fp8": RECIPES[name], "tokens": given}) for name, (given, _) in TOKENS.items()},
@@ -102,7 +103,8 @@ def test_into_a_model_and_out(found: dict[str, Any]) -> None:
 def test_what_it_cannot_do_is_said(found: dict[str, Any]) -> None:
     assert found["keep"].startswith("fp8.keep: wgrad in high precision")
     assert found["keep both"] == ""
-    assert "(64, 48), no multiples of 32" in found["32"]
+    assert "(128, 48), no multiples of 32" in found["32"]
+    assert "(128, 144), no multiples of 128" in found["128"]
 
 
 def test_numbers_are_those_of_its_references(transformer_engine: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from harness import flags, metrics, run, start, start_on, wait
 from test_resume import left
 
-from rlhf.training import fp8_probe
-from rlhf.training.fp8_probe import compare
+from rlhf.training.fp8 import span
+from rlhf.training.fp8.span import compare
 
 PROBED = {"schedule__length": 8, "fp8__recipe": "delayed", "fp8__probe__every": 4, "fp8__probe__steps": 2}
 
@@ -46,8 +46,8 @@ def test_a_probe_changes_nothing_of_the_run(stage, llamas, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_large_a_gap_falls_back(processes, llamas, tmp_path, monkeypatch):
     """With a bound of nothing every gap is too large: the run is then one without FP8 in all its spans."""
-    monkeypatch.setattr(fp8_probe, "RELATIVE", 0.0)
-    monkeypatch.setattr(fp8_probe, "STANDARD_ERRORS", 0.0)
+    monkeypatch.setattr(span, "RELATIVE", 0.0)
+    monkeypatch.setattr(span, "STANDARD_ERRORS", 0.0)
     log = tmp_path / "log"
     always = {**PROBED, "fp8__recipe": "block", "fp8__probe__every": 2, "fp8__probe__fallback": "true"}
     pids = start_on(processes, "sft", flags("sft", llamas, tmp_path / "probed", **always), log)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlhf.fp8.apply import switched_off
 from rlhf.fp8.state import fp8_state, load_fp8_state
@@ -34,7 +35,7 @@ STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SpanVerdict:
     """Means over the span, and their difference step by step."""
 
     metric: str
@@ -84,7 +85,7 @@ def probed_span(train: Training) -> Iterator[int]:
     train.save()
 
 
-def compare(without: Sequence[dict[str, float]], fp8: Sequence[dict[str, float]], fallback: bool = False) -> Verdict:
+def compare(without: Sequence[dict[str, float]], fp8: Sequence[dict[str, float]], fallback: bool = False) -> SpanVerdict:
     """Two runs of the same steps, by the metric that tells most."""
     metric = next(name for name in COMPARED if name in without[0])
     pairs = [(a[metric], b[metric]) for a, b in zip(without, fp8, strict=False)]
@@ -92,10 +93,10 @@ def compare(without: Sequence[dict[str, float]], fp8: Sequence[dict[str, float]]
     gap, mean = statistics.fmean(differences), statistics.fmean(a for a, _ in pairs)
     error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     within = abs(gap) <= max(RELATIVE * abs(mean), STANDARD_ERRORS * error)
-    return Verdict(metric, mean, mean + gap, gap, error, within, "without FP8" if fallback and not within else "in FP8")
+    return SpanVerdict(metric, mean, mean + gap, gap, error, within, "without FP8" if fallback and not within else "in FP8")
 
 
-def _described(verdict: Verdict, first: int, last: int) -> str:
+def _described(verdict: SpanVerdict, first: int, last: int) -> str:
     outcome = "within bounds" if verdict.within else "TOO LARGE"
     return (
         f"FP8 probe of steps {first + 1} to {last}: {verdict.metric} {verdict.fp8:.4f}, without FP8 {verdict.without:.4f}, "
@@ -117,12 +118,12 @@ def _steps(train: Training, count: int) -> Generator[int, None, list[dict[str, f
 
 
 class _Snapshot:
-    """All that a training checkpoint holds, in memory."""
+    """All that a training checkpoint holds, in the host's memory: a device that training fills has no room for it twice."""
 
     def __init__(self, train: Training) -> None:
-        self.weights = {name: p.detach().clone() for name, p in _trained(train)}
-        self.optimizer = {name: tensor.clone() for name, tensor in optimizer_tensors(train.optimizer).items()}
-        self.fp8 = {name: tensor.clone() for name, tensor in fp8_state(train.all_models()).items()}
+        self.weights = {name: _on_host(p) for name, p in _trained(train)}
+        self.optimizer = {name: _on_host(tensor) for name, tensor in optimizer_tensors(train.optimizer).items()}
+        self.fp8 = {name: _on_host(tensor) for name, tensor in fp8_state(train.all_models()).items()}
         self.states = {name: copy.deepcopy(value.state_dict()) for name, value in train.states.items()}
         self.step_done, self.tokens_done, self.result = train.step_done, train.tokens_done, copy.deepcopy(train.result)
 
@@ -136,6 +137,10 @@ class _Snapshot:
         for name, value in train.states.items():
             value.load_state_dict(copy.deepcopy(self.states[name]))
         train.step_done, train.tokens_done, train.result = self.step_done, self.tokens_done, copy.deepcopy(self.result)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _trained(train: Training) -> Iterator[tuple[str, Any]]:
