@@ -26,6 +26,12 @@ class Inference(Section):
     fp8: UsedFp8 = UsedFp8()
 
     @model_validator(mode="after")
+    def _fp8_where_it_is_used(self) -> Inference:
+        if self.precision not in ("fp8", "both") and self.fp8 != UsedFp8():
+            raise ValueError(f"fp8 is set and precision is {self.precision}: give precision `fp8` or `both`")
+        return self
+
+    @model_validator(mode="after")
     def _plain_beside_fp8(self) -> Inference:
         if self.plain == "bf16" and self.precision == "fp32":
             raise ValueError("plain `bf16` is for precision `fp8` and `both`; without FP8, give precision `bf16`")

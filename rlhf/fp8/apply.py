@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from rlhf.config.sections import Fp8
-from rlhf.errors import ConfigError
 from rlhf.fp8.backends import Backend, open_backend, passed_over
-from rlhf.fp8.plan import plan, require_matches, summary
+from rlhf.fp8.plan import plan, require_any, require_matches
 from rlhf.fp8.recipes import recipe_of
 from rlhf.fp8.state import layers_in_fp8
 
@@ -23,12 +22,9 @@ def apply(model: nn.Module, config: Fp8) -> None:
     """
     recipe, decisions = recipe_of(config), plan(model, config)
     require_matches(decisions, config, model)
+    require_any(decisions, config, model)
     backend: Backend = open_backend(config.backend, recipe)
     chosen = [one for one in decisions if one.in_fp8]
-    if not chosen:
-        raise ConfigError(
-            f"fp8.recipe {config.recipe}: no layer of {type(model).__name__} can run in FP8 ({summary(decisions)})"
-        )
     layers = {id(model.get_submodule(one.place)): one.high_precision for one in chosen}
     made: dict[int, nn.Module] = {}
     for place, linear in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places

@@ -91,12 +91,24 @@ def plan(model: nn.Module, config: Fp8) -> list[Decision]:
 
 
 def require_matches(decisions: Sequence[Decision], config: Fp8, model: nn.Module) -> None:
-    """Raises ConfigError where a pattern of `fp8.keep` matches no layer."""
+    """Raises ConfigError where a pattern of `fp8.keep` matches no layer, or names no product."""
+    for pattern in config.keep:
+        _, colon, gemm = pattern.partition(":")
+        if colon and gemm not in GEMMS:
+            raise ConfigError(f"fp8.keep: {pattern!r}: after the colon expected {', '.join(GEMMS)}, found {gemm!r}")
     missed = [pattern for pattern in config.keep if not any(kept_gemms(one.name, (pattern,)) for one in decisions)]
     if missed:
         names = sorted({one.name.rpartition(".")[2] for one in decisions})
         raise ConfigError(
             f"fp8.keep: {missed[0]!r} matches no layer of {type(model).__name__}; layers end in {', '.join(names)}"
+        )
+
+
+def require_any(decisions: Sequence[Decision], config: Fp8, model: nn.Module) -> None:
+    """Raises ConfigError where no layer can run in FP8."""
+    if not any(one.in_fp8 for one in decisions):
+        raise ConfigError(
+            f"fp8.recipe {config.recipe}: no layer of {type(model).__name__} can run in FP8 ({summary(decisions)})"
         )
 
 

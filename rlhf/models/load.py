@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -154,7 +155,7 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             attn_implementation=loading.attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
 
 

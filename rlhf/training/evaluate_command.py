@@ -126,7 +126,7 @@ def _reward_model(config: EvalConfig, console: Console) -> Subject:
     roles.check_context(len(pairs[-1]), "data.max_length")
     longer = [0.5 * (len(pair.chosen) == len(pair.rejected)) + (len(pair.chosen) > len(pair.rejected)) for pair in pairs]
     counts = {"pairs": len(pairs), "longer_wins": sum(longer) / len(pairs)}
-    rows = [pair.prompt + pair.chosen for pair in pairs]
+    rows = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
     return Subject(roles, "reward model", counts, rows, lambda: scores(roles, pairs, config.batch_size), pair_figures)
 
 

@@ -153,11 +153,15 @@ def test_mistakes_in_flags_are_collected_with_those_in_the_file(tmp_path: Path) 
 
 
 def test_a_command_takes_its_model_first(tmp_path: Path) -> None:
-    config = parse("eval", ["runs/sft", "--data", "rows.jsonl", "--fp8.keep-first", "1"]).config
+    config = parse("eval", ["runs/sft", "--data", "rows.jsonl", "--precision=both", "--fp8.keep-first", "1"]).config
     assert (config.model, config.data.file, config.fp8.recipe, config.fp8.keep_first) == ("runs/sft", "rows.jsonl", "block", 1)
-    assert parse("eval", ["--data=rows.jsonl", "--model=runs/sft", "--fp8.keep-first=1"]).config == config
-    (tmp_path / "mine.yaml").write_text("model: runs/sft\ndata: {file: rows.jsonl}\nfp8: {keep_first: 1}\n", encoding="utf-8")
+    assert parse("eval", ["--data=rows.jsonl", "--model=runs/sft", "--precision=both", "--fp8.keep-first=1"]).config == config
+    (tmp_path / "mine.yaml").write_text(
+        "model: runs/sft\ndata: {file: rows.jsonl}\nprecision: both\nfp8: {keep_first: 1}\n", encoding="utf-8"
+    )
     assert parse("eval", ["--config", str(tmp_path / "mine.yaml")]).config == config
+    with pytest.raises(ConfigError, match="fp8 is set and precision is fp32: give precision `fp8` or `both`"):
+        parse("eval", ["runs/sft", "--data", "rows.jsonl", "--fp8.keep-first", "1"])
     with pytest.raises(UsageError, match="`runs/sft`: expected a flag"):
         parse("sft", ["runs/sft", "--data", "rows.jsonl"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from rlhf.config.parse import parse
+from rlhf.config.sections import Fp8
 from rlhf.fp8.apply import switched_off
+from rlhf.fp8.plan import plan, require_matches
 from rlhf.fp8.state import calibrating, fp8_state
-from rlhf.training.fp8.bisect import bisect, keep_patterns
+from rlhf.training.fp8.bisect import _keep_list, bisect, keep_patterns
 from rlhf.training.fp8.sft import Subject, open_subject, read_rows
 
 FAULTY = {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
@@ -89,3 +92,24 @@ def test_the_list_is_what_keep_takes(subject_files):
     for before, after in zip(found, again, strict=True):
         assert after.error == pytest.approx(before.left)
     assert keep_patterns(again) == []
+
+
+def test_with_lora_the_names_are_those_fp8_keep_takes(subject_files):
+    """Of the frozen base: names without PEFT's wrappers, and no wgrad, which a frozen weight does not have."""
+    subject = opened(subject_files, "current", **{"lora.rank": 4})
+    layer = subject.policy.get_submodule("actor.base_model.model.model.layers.1")
+    with torch.no_grad():
+        layer.input_layernorm.weight[5:6] *= 1e6  # pyright: ignore
+        for name in "qkv":
+            layer.get_submodule(f"self_attn.{name}_proj").base_layer.weight[:, 5:6] /= 1e6  # pyright: ignore
+    found = bisect(subject, subject.batches(read_rows(subject, subject.config.data.train)[:16]))
+    assert [one.gemm for one in found] == ["fprop", "dgrad"]
+    patterns = keep_patterns(found)
+    assert "model.layers.1.self_attn.v_proj" in named(patterns)
+    decisions = plan(subject.roles.actor, subject.config.fp8)
+    require_matches(decisions, Fp8(recipe="current", keep=tuple(patterns)), subject.roles.actor)
+
+
+def test_where_every_error_is_infinite_nothing_stands_out():
+    layers = {str(number): math.inf for number in range(8)}
+    assert _keep_list("fprop", layers, lambda *_: math.inf).keep == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_without_fp8_there_is_no_gap_and_a_worse_run_fails(subject_files, monkey
 
 def test_the_other_commands(subject_files, tmp_path, capsys):
     model, data = str(subject_files / "model"), ["--data", str(subject_files / "rows.jsonl"), "--rows", "8"]
-    assert main(["fp8", "plan", model, "--keep", "*.down_proj:wgrad", "--json"]) == 0
+    assert main(["fp8", "plan", model, "--fp8.keep", "*.down_proj:wgrad", "--json"]) == 0
     layers = {one["name"]: one for one in json.loads(capsys.readouterr().out)["layers"]}
     assert len(layers) == 3 * 7 + 2
     assert layers["model.layers.0.mlp.down_proj"]["high_precision"] == ["wgrad"]
@@ -98,12 +99,36 @@ def test_the_other_commands(subject_files, tmp_path, capsys):
     [
         (["fp8", "frob"], 2, "fp8 frob: there are plan, inspect, bisect, probe"),
         (["fp8", "plan"], 2, "model"),
-        (["fp8", "plan", "MODEL", "--keep", "*.nope"], 78, "fp8.keep: '*.nope' matches no layer"),
+        (["fp8", "plan", "MODEL", "--fp8.keep", "*.nope"], 78, "fp8.keep: '*.nope' matches no layer"),
         (["fp8", "plan", "MODEL", "--recipe", "fast"], 78, "fp8.recipe"),
         (["fp8", "probe", "--model", "MODEL", "--data", "x", "--recipes", "block,none"], 2, "given 'none'"),
         (["fp8", "inspect", "MODEL"], 78, "data.train"),
+        (
+            ["fp8", "plan", "MODEL", "--fp8.keep", "*.q_proj:grad"],
+            78,
+            "after the colon expected fprop, dgrad, wgrad, found 'grad'",
+        ),
+        (["fp8", "plan", "MODEL", "--fp8.keep", "*.q_proj:"], 78, "after the colon expected fprop, dgrad, wgrad, found ''"),
+        (["fp8", "plan", "MODEL", "--fp8.keep_first", "9"], 78, "no layer of LlamaForCausalLM can run in FP8"),
+        (["fp8", "plan", "MODEL", "--recipe", "none"], 2, "--recipe none: without FP8 there is nothing to look at"),
+        (["fp8", "inspect", "MODEL", "--data", "ROWS", "--heatmap", "no/where.png"], 73, "--heatmap no/where.png: there is no"),
+        (["fp8", "inspect", "MODEL", "--data", "ROWS", "--fp8.backend", "te"], 78, "look into the layers of backend reference"),
+        (
+            ["fp8", "probe", "--model", "MODEL", "--data", "ROWS", "--precision", "fp64"],
+            78,
+            "must be `none` with precision `fp64`",
+        ),
+        (["fp8", "probe", "--model", "MODEL", "--data", "ROWS", "--fp8.keep", "*.nope"], 78, "matches no layer"),
+        (["fp8", "probe", "--model", "MODEL", "--data", "ONE"], 65, "one row to train on and none to look at"),
+        (["fp8", "inspect", "CORRUPT", "--data", "ROWS"], 65, "transformers cannot open it"),
     ],
 )
-def test_mistakes(words, code, said, subject_files, capsys):
-    assert main([str(subject_files / "model") if word == "MODEL" else word for word in words]) == code
+def test_mistakes(words, code, said, subject_files, tmp_path, capsys):
+    model, rows = subject_files / "model", subject_files / "rows.jsonl"
+    one, corrupt = tmp_path / "one.jsonl", tmp_path / "corrupt"
+    one.write_text(rows.read_text().splitlines(keepends=True)[0])
+    shutil.copytree(model, corrupt)
+    (corrupt / "model.safetensors").write_bytes(b"no tensors at all")
+    places = {"MODEL": model, "ROWS": rows, "ONE": one, "CORRUPT": corrupt}
+    assert main([str(places.get(word, word)) for word in words]) == code
     assert said in capsys.readouterr().err

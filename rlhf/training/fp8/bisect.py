@@ -46,9 +46,15 @@ def bisect(subject: Subject, batches: Sequence[Batch], advance: Callable[[int, i
         subject: its layers are in FP8; delayed scales stay as they are.
         advance: is told how many of how many looks are done.
     """
-    layers = {plain_name(name).removeprefix("actor."): layer for name, layer in fp8_layers(subject.policy).items()}
+    layers = {plain_name(name): layer for name, layer in fp8_layers(subject.roles.actor).items()}
     kept = {name: layer.high_precision for name, layer in layers.items()}
-    places: list[tuple[str, Gemm]] = [(name, gemm) for gemm in GEMMS for name in layers if gemm not in kept[name]]
+    without_wgrad = {name for name, layer in layers.items() if not layer.weight.requires_grad}
+    places: list[tuple[str, Gemm]] = [
+        (name, gemm)
+        for gemm in GEMMS
+        for name in layers
+        if gemm not in kept[name] and not (gemm == "wgrad" and name in without_wgrad)
+    ]
     state = {name: layer.amax_history.clone() for name, layer in layers.items() if layer.recipe.delayed}
     try:
         _set(layers, "fprop", ())
@@ -95,7 +101,8 @@ def _keep_list(gemm: Gemm, alone: dict[str, float], error: Callable[[Gemm, Seque
         if left[-2] <= enough and left[-1] > (1 - GROWS) * left[-2]:
             left.pop()
             break
-    length = len(left) - 1 if left[0] > 0 and left[-1] <= enough else 0
+    found = left[0] > 0 and math.isfinite(left[-1]) and left[-1] <= enough  # where all is infinite, nothing is better
+    length = len(left) - 1 if found else 0
     return Culprits(gemm, left[0], left[length], names[:length], {name: alone[name] for name in names})
 
 

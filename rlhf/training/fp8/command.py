@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from rlhf.config.schema import SftConfig
 from rlhf.config.sections import Fp8
-from rlhf.errors import DataError, UsageError
-from rlhf.fp8.plan import plan, require_matches, summary
+from rlhf.errors import ConfigError, DataError, OutputError, UsageError
+from rlhf.fp8.plan import plan, require_any, require_matches, summary
 from rlhf.fp8.recipes import OPERANDS, SHAPES, recipe_of
 from rlhf.fp8.state import calibrating, delayed_layers
 from rlhf.models.outline import outline
@@ -38,32 +38,38 @@ class Rows:
 
 
 def plan_command(model: str, fp8: Fp8, as_json: bool) -> int:
-    fp8 = _asked(fp8)
     laid_out = outline(model)
     decisions = plan(laid_out, fp8)
     require_matches(decisions, fp8, laid_out)
     if as_json:
         rows = [asdict(one) | {"high_precision": sorted(one.high_precision), "in_fp8": one.in_fp8} for one in decisions]
         _print_json({"recipe": fp8.recipe, "layers": rows})
+        require_any(decisions, fp8, laid_out)
         return 0
     rows = [(one.name, f"{one.shape[0]} x {one.shape[1]}", "FP8" if one.in_fp8 else "-", one.reason) for one in decisions]
     print(_table(("layer", "out x in", fp8.recipe, "why"), rows))
     print(f"\n{summary(decisions)}")
+    require_any(decisions, fp8, laid_out)
     return 0
 
 
 def inspect_command(asked: Rows, picture: Path | None) -> int:
-    config = with_fp8(asked.config, recipe=_asked(asked.config.fp8).recipe, backend="reference")
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise OutputError(f"--heatmap {picture}: there is no directory {picture.absolute().parent}")
+    config = _on_reference(asked.config)
     subject = open_subject(config)
-    micro_batches = subject.batches(read_rows(subject, config.data.train)[: asked.count])
+    rows = read_rows(subject, config.data.train)
+    looked_at, before = subject.batches(rows[: asked.count]), subject.batches(rows[asked.count : 2 * asked.count])
+    if recipe_of(config.fp8).delayed:
+        _require_rows_before(before)
     others = [recipe_of(config.fp8.model_copy(update={"recipe": name})) for name in SHAPES]
 
-    def run() -> None:
-        for batch in micro_batches:
+    def run(batches: list) -> None:
+        for batch in batches:
             subject.loss([batch])
             subject.gradients()
 
-    found = inspect(subject.roles.actor, recipe_of(config.fp8), others, run)
+    found = inspect(subject.roles.actor, recipe_of(config.fp8), others, lambda: run(looked_at), lambda: run(before))
     if picture is not None:
         cells: dict[str, dict[str, float]] = {}
         for one in sorted(found, key=lambda one: _numbers_apart(one.layer)):
@@ -83,7 +89,7 @@ def inspect_command(asked: Rows, picture: Path | None) -> int:
 
 
 def bisect_command(asked: Rows) -> int:
-    config = with_fp8(asked.config, recipe=_asked(asked.config.fp8).recipe, backend="reference")
+    config = _on_reference(asked.config)
     subject = open_subject(config)
     rows = read_rows(subject, config.data.train)
     batches = subject.batches(rows[: asked.count])
@@ -109,7 +115,7 @@ def probe_command(config: SftConfig, steps: int, seeds: int, recipes: Sequence[s
     unknown = [name for name in recipes if name not in RECIPES]
     if unknown:
         raise UsageError(f"--recipes: given {unknown[0]!r}, expected some of {', '.join(RECIPES)}, separated by commas")
-    recipes = recipes or [_asked(config.fp8).recipe]
+    recipes = recipes or [config.fp8.recipe]
     console, total, done = Console("fp8 probe", speak=True), (len(recipes) + 1) * seeds * steps, 0
 
     def report(run: str, step: int, loss: float) -> None:
@@ -129,17 +135,23 @@ def probe_command(config: SftConfig, steps: int, seeds: int, recipes: Sequence[s
     return 0 if all(one.within for one in verdicts) else 1
 
 
-def _asked(fp8: Fp8) -> Fp8:
-    """With no recipe asked for, `block`."""
-    return fp8.model_copy(update={"recipe": "block"}) if fp8.recipe == "none" else fp8
+def _on_reference(config: SftConfig) -> SftConfig:
+    """Operands are seen in the reference's layers only."""
+    if config.fp8.backend not in ("auto", "reference"):
+        raise ConfigError(f"fp8.backend {config.fp8.backend}: inspect and bisect look into the layers of backend reference")
+    return with_fp8(config, backend="reference")
+
+
+def _require_rows_before(batches: list) -> None:
+    if not batches:
+        raise DataError("data.train: delayed scaling takes its scales from as many rows again; give more, or lower --rows")
 
 
 def _calibrate(subject: Subject, batches: list) -> None:
     """Delayed scales as a run would have them: from rows before those that are looked at, gradients too."""
     if not delayed_layers(subject.policy):
         return
-    if not batches:
-        raise DataError("data.train: delayed scaling takes its scales from as many rows again; give more, or lower --rows")
+    _require_rows_before(batches)
     with calibrating(subject.policy):
         subject.loss(batches)
     subject.gradients()
@@ -154,7 +166,8 @@ def _row(one: Finding) -> tuple[str, ...]:
 
 
 def _verdict_row(one: Verdict) -> tuple[str, ...]:
-    return (one.recipe, f"{one.gap:+.2%}", f"{one.bound:.2%}", f"{one.seed_band:.2%}", f"{one.gradient_cosine:.4f}",
+    band = f"{one.seed_band:.2%}" if len(one.gaps) > 1 else "-"  # one seed has no spread
+    return (one.recipe, f"{one.gap:+.2%}", f"{one.bound:.2%}", band, f"{one.gradient_cosine:.4f}",
             f"{one.logprob_drift:.4f}", f"{one.largest_logprob_drift:.3f}", f"{one.ratio_drift:.4f}",
             "within" if one.within else "TOO LARGE")  # fmt: skip
 

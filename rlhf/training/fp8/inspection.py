@@ -1,7 +1,7 @@
 """What each operand of each linear layer loses in FP8, under one recipe and under all others: one look, the same tensors.
 
 The model itself runs in high precision, forward and backward; its layers show their operands, which are then quantised as each
-recipe would. Under delayed scaling the scale of a micro-batch follows from those before it.
+recipe would. Under delayed scaling the scale of a micro-batch follows from those before it, which begin with rows of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLIPPED = 1 + 1e-6
 
 
 @dataclass
-class Loss:
+class QuantizationError:
     """What rounding did to one operand in one product, over all micro-batches."""
 
     signal: float = 0.0
@@ -55,8 +55,8 @@ class Loss:
     largest_scale: float = 0.0
 
     @torch.no_grad()
-    def add(self, x: Tensor, format: Format, scale: Tensor) -> None:
-        """x (tiles) and the scale of each."""
+    def add(self, x: Tensor, format: Format, scale: Tensor, count: int) -> None:
+        """x (tiles) and the scale of each; `count` of its numbers are real, the others fill up tiles with zeros."""
         scaled = x * scale
         clipped = scaled.abs() > format.largest * CLIPPED
         values = rounded_(scaled, format) / scale
@@ -67,10 +67,12 @@ class Loss:
         self.nonzero += int((x != 0).sum())
         self.vanished += int(((values == 0) & (x != 0)).sum())
         self.clipped += int(clipped.sum())
-        self.count += x.numel()
+        self.count += count
         self.amax = max(self.amax, float(x.abs().max()))
-        self.smallest_scale = min(self.smallest_scale, float(scale.min()))
-        self.largest_scale = max(self.largest_scale, float(scale.max()))
+        used = scale[x.abs().amax((1, 3), keepdim=True) > 0]  # the scale of a tile of zeros is 1, which says nothing
+        if used.numel():
+            self.smallest_scale = min(self.smallest_scale, float(used.min()))
+            self.largest_scale = max(self.largest_scale, float(used.max()))
 
     @property
     def sqnr(self) -> float:
@@ -112,44 +114,62 @@ class Watch:
     def __init__(self, layer: FP8Linear, recipes: Sequence[Recipe]) -> None:
         self.recipes = recipes
         self.kept = layer.high_precision
-        self.amax_before: dict[Operand, Tensor] = {}
-        self.losses: dict[tuple[str, Operand, Gemm], Loss] = {}
+        self.counting = False
+        """Whether what is shown is measured, or only remembered for delayed scales."""
+        self.amax_before: dict[Operand, list[Tensor]] = {operand: [] for operand in OPERANDS}
+        self.losses: dict[tuple[str, Operand, Gemm], QuantizationError] = {}
 
     def __call__(self, operand: Operand, x: Tensor) -> None:
         x = x.detach().float()
-        for recipe in self.recipes:
-            for gemm in PRODUCTS[operand]:
-                parts = tiled(x, tile := recipe.tile_of(operand, gemm))
-                amax = parts.abs().amax((1, 3), keepdim=True)
-                if recipe.delayed and operand in self.amax_before:
-                    amax = self.amax_before[operand].view(1, 1, 1, 1)
-                format, margin = recipe.format_of(operand), recipe.margin if tile == WHOLE else 0
-                loss = self.losses.setdefault((recipe.name, operand, gemm), Loss())
-                loss.add(parts, format, scale_of(amax, format, margin, recipe.kind))
-        largest = x.abs().max()
-        self.amax_before[operand] = torch.maximum(self.amax_before.get(operand, largest), largest)
+        before = self.amax_before[operand]
+        if self.counting and not (operand == "weight" and (self.recipes[0].name, operand, "fprop") in self.losses):
+            for recipe in self.recipes:
+                if not (recipe.delayed and not before):
+                    self._measure(recipe, operand, x, before)
+        before.append(x.abs().max())
 
-    def worst(self, recipe: str, operand: Operand) -> tuple[Gemm, Loss] | None:
-        seen: list[tuple[Gemm, Loss]] = [
+    def _measure(self, recipe: Recipe, operand: Operand, x: Tensor, before: Sequence[Tensor]) -> None:
+        for gemm in PRODUCTS[operand]:
+            parts = tiled(x, tile := recipe.tile_of(operand, gemm))
+            amax = parts.abs().amax((1, 3), keepdim=True)
+            if recipe.delayed:
+                remembered = before[-recipe.amax_history :] if recipe.amax_algorithm == "max" else before[-1:]
+                amax = torch.stack(list(remembered)).max().view(1, 1, 1, 1)
+            format, margin = recipe.format_of(operand), recipe.margin if tile == WHOLE else 0
+            loss = self.losses.setdefault((recipe.name, operand, gemm), QuantizationError())
+            loss.add(parts, format, scale_of(amax, format, margin, recipe.kind), x.numel())
+
+    def worst(self, recipe: str, operand: Operand) -> tuple[Gemm, QuantizationError] | None:
+        seen: list[tuple[Gemm, QuantizationError]] = [
             (gemm, loss) for gemm in PRODUCTS[operand] if (loss := self.losses.get((recipe, operand, gemm)))
         ]
-        used: list[tuple[Gemm, Loss]] = [pair for pair in seen if pair[0] not in self.kept]
+        used: list[tuple[Gemm, QuantizationError]] = [pair for pair in seen if pair[0] not in self.kept]
         return min(used, key=lambda pair: pair[1].sqnr, default=None)
 
 
-def inspect(model: nn.Module, recipe: Recipe, others: Sequence[Recipe], run: Callable[[], object]) -> list[Finding]:
+def inspect(
+    model: nn.Module,
+    recipe: Recipe,
+    others: Sequence[Recipe],
+    run: Callable[[], object],
+    before: Callable[[], object] = lambda: None,
+) -> list[Finding]:
     """Findings, the worst first.
 
     Args:
         model: with FP8 layers of `recipe`.
         others: recipes to compare with.
         run: forward and backward over some micro-batches.
+        before: the same over others, which delayed scales follow from; without it the first micro-batch has none.
     """
     recipes = [recipe, *(other for other in others if other.name != recipe.name)]
     watches = {plain_name(name): Watch(layer, recipes) for name, layer in fp8_layers(model).items()}
     for layer, watch in zip(fp8_layers(model).values(), watches.values(), strict=True):
         layer.observe, layer.high_precision = watch, frozenset(GEMMS)
     try:
+        before()
+        for watch in watches.values():
+            watch.counting = True
         run()
     finally:
         for layer, watch in zip(fp8_layers(model).values(), watches.values(), strict=True):
@@ -185,7 +205,7 @@ def _findings(name: str, watch: Watch, recipe: Recipe) -> Iterator[Finding]:
         )
 
 
-def judged(loss: Loss, operand: Operand, format: str = E4M3.name, delayed: bool = False) -> tuple[str, str]:
+def judged(loss: QuantizationError, operand: Operand, format: str = E4M3.name, delayed: bool = False) -> tuple[str, str]:
     """(ok, warn or error; what stands out)."""
     errors, warnings = [], []
     for what, value, (warn, error) in (

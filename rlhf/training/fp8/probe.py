@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf.config.schema import SftConfig
 from rlhf.data.examples import SftExample
 from rlhf.data.order import Batches, seed_of
+from rlhf.errors import DataError
 from rlhf.fp8.apply import switched_off
 from rlhf.fp8.state import advance
 from rlhf.training.fp8.sft import Subject, open_subject, read_rows, with_fp8
@@ -80,6 +81,8 @@ def probe(
     Args:
         report: is told (which run, which step, its loss) after every step.
     """
+    for recipe in recipes:  # what cannot be had is said before the runs without FP8, not after
+        open_subject(with_fp8(config, recipe=recipe))
     by_recipe: dict[str, list[Trajectory]] = {}
     for recipe in ("none", *recipes):
         for seed in range(config.seed, config.seed + seeds):
@@ -144,4 +147,6 @@ def _held_out(subject: Subject, rows: list[SftExample]) -> tuple[list[SftExample
     if path := subject.config.data.eval:
         return rows, read_rows(subject, path)[:HELD_OUT_ROWS]
     count = min(HELD_OUT_ROWS, max(1, len(rows) // 10))
-    return (rows[:-count], rows[-count:]) if len(rows) > count else (rows, rows)
+    if len(rows) <= count:
+        raise DataError(f"{subject.config.data.train}: one row to train on and none to look at; give more, or data.eval")
+    return rows[:-count], rows[-count:]

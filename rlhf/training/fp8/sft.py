@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf.config.schema import SftConfig
@@ -13,6 +14,7 @@ from rlhf.data.collate import TokenBatch, sft_batch
 from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
+from rlhf.errors import ConfigError
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.sft import IGNORED, sft_loss
 from rlhf.models.actor_critic import ActorCritic
@@ -93,4 +95,14 @@ def read_rows(subject: Subject, path: str) -> list[SftExample]:
 
 
 def with_fp8(config: SftConfig, **changes: object) -> SftConfig:
-    return config.model_copy(update={"fp8": config.fp8.model_copy(update=changes)})
+    """The config with other FP8 settings.
+
+    Raises:
+        ConfigError: no stage would take them, either.
+    """
+    settings = config.model_dump()
+    settings["fp8"] |= changes
+    try:
+        return SftConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(f"fp8: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error

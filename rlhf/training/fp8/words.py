@@ -15,7 +15,7 @@ from rlhf.config.schema import SftConfig
 from rlhf.errors import UsageError
 
 USAGE = """\
-rlhf fp8 plan MODEL               [--recipe NAME] [--keep PATTERN,...] [--json]
+rlhf fp8 plan MODEL                [--recipe NAME] [--fp8.FIELD VALUE ...] [--json]
 rlhf fp8 inspect MODEL --data FILE [--recipe NAME] [--rows N] [--heatmap FILE.png] [--SFT.FIELD VALUE ...] [--json]
 rlhf fp8 bisect MODEL --data FILE  [--recipe NAME] [--rows N] [--SFT.FIELD VALUE ...] [--json]
 rlhf fp8 probe [--config sft] --model MODEL --data FILE [--steps N] [--seeds N] [--recipes NAME,...] [--SFT.FIELD VALUE ...]
@@ -25,7 +25,8 @@ rlhf fp8 probe [--config sft] --model MODEL --data FILE [--steps N] [--seeds N] 
   inspect   per layer and operand: largest magnitude, scale, what becomes 0, what is cut off, SQNR, cosine; for all recipes
   probe     short SFT runs with FP8 and without, same weights and batches, compared with the spread of seeds; exit 1 where a
             recipe's loss is further off than 0.2% and twice that spread
-  bisect    the layers, and which of their products, that carry the error: a list for --fp8.keep
+  bisect    the layers, and which of their products, that carry the error: a list for --fp8.keep; every layer is put in FP8
+            alone, so it takes as many passes over the rows as there are layers, times three
   --recipe NAME             delayed, current, block, rowwise or mxfp8 (default: the config's, else block)
   --rows N                  rows of the file to look at (default: 16)
   --steps N, --seeds N      length of a run and how many (default: 200, 3)
@@ -48,21 +49,21 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", dest="as_json")
     if action != "probe":
         parser.add_argument("model")
-    if action == "plan":
-        parser.add_argument("--keep")
-    elif action == "probe":
+    if action == "probe":
         parser.add_argument("--steps", type=positive, default=200)
         parser.add_argument("--seeds", type=positive, default=3)
         parser.add_argument("--recipes", default="")
-    else:
+    elif action != "plan":
         parser.add_argument("--rows", type=positive, default=16)
     if action == "inspect":
         parser.add_argument("--heatmap", type=Path)
     given, fields = parser.parse_known_args(words)
+    if given.recipe == "none":
+        raise UsageError("--recipe none: without FP8 there is nothing to look at; leave it out for block")
     if given.recipe:
         fields += ["--fp8.recipe", given.recipe]
     if action == "plan":
-        fields += ["--data", os.devnull, *(["--fp8.keep", given.keep] if given.keep else [])]
+        fields += ["--data", os.devnull]
     if action != "probe":
         fields += ["--model", given.model]
     config = _config(fields)
@@ -82,4 +83,7 @@ def run(argv: Sequence[str]) -> int:
 def _config(fields: Sequence[str]) -> SftConfig:
     """`output` is required of a stage; nothing is written there."""
     named = {word.partition("=")[0] for word in fields}
-    return parse("sft", [*fields, *([] if "--output" in named else ["--output", os.devnull])]).config
+    config = parse("sft", [*fields, *([] if "--output" in named else ["--output", os.devnull])]).config
+    if config.fp8.recipe != "none":
+        return config
+    return parse("sft", [*fields, "--fp8.recipe", "block", *([] if "--output" in named else ["--output", os.devnull])]).config
