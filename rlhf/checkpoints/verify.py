@@ -117,11 +117,20 @@ def _parting(result: Forward, against: Forward, conversion: Conversion) -> Parti
 
 
 def _tokens(conversion: Conversion) -> Tensor:
-    return torch.randint(_vocabulary(conversion), (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+    length, _ = _lengths(conversion)
+    return torch.randint(_vocabulary(conversion), (ROWS, length), generator=torch.Generator().manual_seed(SEED))
+
+
+def _lengths(conversion: Conversion) -> tuple[int, int]:
+    """(tokens given, tokens continued): no more than the model has positions."""
+    positions = conversion.family.size(conversion.config, "positions") if conversion.family else None
+    positions = positions or conversion.config.get("max_position_embeddings") or TOKENS + CONTINUED
+    continued = min(CONTINUED, positions // 2)
+    return min(TOKENS, positions - continued), continued
 
 
 def compared(result: Forward, against: Forward, conversion: Conversion, name: str) -> Verdict:
-    ids = _tokens(conversion)
+    ids, (_, continued) = _tokens(conversion), _lengths(conversion)
     ours, theirs = result(ids), against(ids)
     rows = min(ours.shape[-1], theirs.shape[-1])
     ours, theirs = ours[..., :rows], theirs[..., :rows]
@@ -130,7 +139,7 @@ def compared(result: Forward, against: Forward, conversion: Conversion, name: st
         max_difference=float((ours - theirs).abs().max()),
         largest_logit=float(theirs.abs().max()),
         top1_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        continuation=torch.equal(_continued(result, ids, rows), _continued(against, ids, rows)),
+        continuation=torch.equal(_continued(result, ids, rows, continued), _continued(against, ids, rows, continued)),
     )
 
 
@@ -139,8 +148,8 @@ def _vocabulary(conversion: Conversion) -> int:
     return int(sizes_told or conversion.config.get("vocab_size") or 0) or 2
 
 
-def _continued(logits: Forward, ids: Tensor, rows: int) -> Tensor:
-    for _ in range(CONTINUED):
+def _continued(logits: Forward, ids: Tensor, rows: int, count: int) -> Tensor:
+    for _ in range(count):
         ids = torch.cat([ids, logits(ids)[:, -1:, :rows].argmax(-1)], 1)
     return ids
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf.checkpoints.directory import weight_files
 from rlhf.cli import main
@@ -140,3 +142,12 @@ def test_planning_imports_no_transformers(here) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("positions", [2, 6, 19])
+def test_a_model_of_few_positions_is_proven_within_them(positions: int, tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=positions, vocab_size=128, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "megatron", "--verify"]) == 0
+    assert "top-1 agrees on 100.0%" in capsys.readouterr().out
