@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.cli import main
 from rlhf.config.parse import SCHEMAS, parse
 from rlhf.config.schema import PpoConfig, Section
 from rlhf.paths import CONFIGS
@@ -52,6 +53,15 @@ def test_readme_commands_run(command, user):
 def test_other_commands_parse(command):
     name, *words = command.split()
     assert parse(name, words).config
+
+
+@pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf (.*)", (ROOT / "docs" / "launching.md").read_text(), re.M))
+def test_launching_commands_are_planned(command, capsys):
+    """As far as they can be without the machines: a command for each is printed."""
+    assert main([*command.split(), "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["commands"]
+    assert len(planned) == (2 if "--num-machines 2" in command else 1)
+    assert len(set(planned)) == len(planned)
 
 
 def test_readme_has_commands():

@@ -27,7 +27,7 @@ class Inference(Section):
 
     @model_validator(mode="after")
     def _fp8_where_it_is_used(self) -> Inference:
-        if self.precision not in ("fp8", "both") and self.fp8 != UsedFp8():
+        if self.precision not in ("fp8", "both") and "fp8" in self.model_fields_set:
             raise ValueError(f"fp8 is set and precision is {self.precision}: give precision `fp8` or `both`")
         return self
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overlo
 from rlhf.config import fields
 from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
 from rlhf.config.load import find_config, load
+from rlhf.config.machines import Machines, machines_of
 from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.config.sections import Section
 from rlhf.errors import UsageError
@@ -44,7 +45,10 @@ class Flag(NamedTuple):
 FLAGS = (
     Flag("config", "NAME|FILE", "A shipped config (`ppo`, `quickstart/ppo`) or a .yaml or .json file.", only=tuple(SCHEMAS)),
     Flag("launch", "NAME|FILE", "How to launch: a shipped file or one of yours.", "(default: auto)", launch=True),
-    Flag("nproc", "INTEGER", "Processes to start.", "(at least 1; default: 1)", launch=True),
+    Flag("nproc", "INTEGER", "Processes to start, over all machines.", "(at least 1; default: 1)", launch=True),
+    Flag("num-machines", "INTEGER", "Machines the processes are spread over.", "(at least 1; default: 1)", launch=True),
+    Flag("machine-rank", "INTEGER", "Number of this machine; the same command runs on each.", "(default: 0)", launch=True),
+    Flag("main-address", "HOST[:PORT]", "Machine 0, as the others reach it.", "(default port: 29500)", launch=True),
     Flag("dry-run", "", "Print the resolved config, the plan and the launch command; touch nothing.", launch=True),
     Flag("unit-test", "", "Check PPO alone, on the config `unit-test` unless another is given.", only=("ppo",)),
     Flag("json", "", "Print the result as JSON.", only=tuple(SCHEMAS)),
@@ -61,6 +65,7 @@ class Invocation(Generic[Config]):
     config_file: Path | None
     launch: str
     nproc: int
+    machines: Machines
     dry_run: bool
     unit_test: bool
     as_json: bool
@@ -101,7 +106,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     if stage in COMMANDS and argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
     words = _sort(stage, argv)
-    nproc = _process_count(words.own.get("nproc", "1"))
+    nproc, machines = _process_count(words.own.get("nproc", "1")), machines_of(words.own)
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(
@@ -110,6 +115,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         config_file=file,
         launch=words.own.get("launch", "auto"),
         nproc=nproc,
+        machines=machines,
         dry_run="dry-run" in words.own,
         unit_test="unit-test" in words.own,
         as_json="json" in words.own,

@@ -37,6 +37,15 @@ class Lora(Section):
     """Write the merged model as the stage's result instead of the adapter."""
 
 
+OPTIONS_OF_RECIPES = {
+    "amax_history": ("delayed",),
+    "amax_algorithm": ("delayed",),
+    "margin": ("delayed", "current"),
+    "block_scales": ("block",),
+}
+"""Options that only some FP8 recipes have."""
+
+
 class Fp8(Section):
     recipe: Literal["none", "delayed", "current", "block", "rowwise", "mxfp8"] = "none"
     """How the linear layers are scaled into FP8 (docs/fp8.md); none: no FP8. PPO wants one whose tokens do not depend on
@@ -69,14 +78,9 @@ class Fp8(Section):
 
         With none all is idle, so that one flag turns FP8 off and leaves the rest for when it comes back.
         """
-        for names, recipes in (
-            (("amax_history", "amax_algorithm"), ("delayed",)),
-            (("margin",), ("delayed", "current")),
-            (("block_scales",), ("block",)),
-        ):
-            for name in names:
-                if self.recipe not in ("none", *recipes) and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no meaning with recipe {self.recipe}, only with {', '.join(recipes)}")
+        for name, recipes in OPTIONS_OF_RECIPES.items():
+            if self.recipe not in ("none", *recipes) and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no meaning with recipe {self.recipe}, only with {', '.join(recipes)}")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from rlhf.config.parse import Invocation
@@ -11,14 +12,18 @@ from rlhf.runs.launch import command, printable
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
-    """The dry run as data: {"stage", "config", "batches", "command", "writes"}. Neither models nor rows are opened."""
+    """The dry run as data: {"stage", "config", "batches", "commands", "writes"}, a command for each machine. Neither models nor
+    rows are opened."""
     config = invocation.config
-    argv, env = command(invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads)
+    machines = invocation.machines
+    how = invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
+    commands = [command(*how, replace(machines, rank=rank)) for rank in range(machines.count)]
+    _, env = commands[0]
     return {
         "stage": invocation.stage,
         "config": config.model_dump(mode="json"),
         "batches": batches(config, processes=int(env["RLHF_EXPECTED_WORLD_SIZE"])),
-        "command": printable(argv, env),
+        "commands": [printable(*one) for one in commands],
         "writes": writes(config),
     }
 

@@ -29,11 +29,16 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     """
     stage, config = invocation.stage, invocation.config
     log = sys.stderr if quiet else sys.stdout
-    argv, env = launch.command(stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads)
+    how = stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
+    argv, env = launch.command(*how, invocation.machines)
     if invocation.unit_test:
         print(launch.printable(argv, env), file=sys.stderr, flush=True)
         return launch.run(argv, env, None)
     run = Path(config.output)
+    if invocation.machines.rank > 0:  # machine 0 keeps the books, and has the run's lock
+        print(f"{stage}: joins {run} on {invocation.machines.address}", file=log)
+        print(launch.printable(argv, env), file=log, flush=True)
+        return launch.run(argv, env, None, stdout=STDERR if quiet else None)
     check_output(run)
     check_unlocked(run)
     world_size, threads = int(env["RLHF_EXPECTED_WORLD_SIZE"]), int(env["OMP_NUM_THREADS"])

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf import paths
+from rlhf.config.machines import Machines
 from rlhf.errors import ConfigError, Locked, UsageError
 from rlhf.runs.lock import check_unlocked
 from rlhf.runs.manifest import STATUS, read_status, write_status
@@ -24,29 +25,37 @@ from rlhf.runs.manifest import STATUS, read_status, write_status
 LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 
 
-def command(stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0) -> tuple[list[str], dict[str, str]]:
-    """The command line that runs a stage, and the environment variables it needs.
+def command(
+    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0, machines: Machines | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that runs a stage on this machine, and the environment variables it needs.
 
     Args:
         launch: `auto`, `cpu`, the name of a file in configs/launch, or the path of an Accelerate config file.
         nproc: processes over all machines; 1: as many as the launch file says.
         arguments: the stage's own.
         threads: CPU threads of each process; 0: OMP_NUM_THREADS, or this machine's cores shared out evenly.
+        machines: where there are several, the same number of processes on each.
 
     Raises:
-        UsageError: no such launch file, or it cannot start as many processes.
+        UsageError: no such launch file, or it cannot start as many processes, or they do not divide among the machines.
         ConfigError: the launch file sets a precision, which is the stage config's to say.
     """
     if launch == "auto":
         launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if nproc > 1 else "gpu"
     script = [str(paths.STAGES / f"{stage}.py"), *arguments]
+    machines = machines or Machines()
     if launch == "cpu":
-        return _on_cpu(script, nproc), _environment(nproc, nproc, threads) | {"ACCELERATE_USE_CPU": "true"}
+        local = _share(nproc, machines.count)
+        return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"}
     file = _launch_file(launch)
     settings = _settings(file, nproc)
     processes = nproc if nproc > 1 else settings["num_processes"]
     options = ["--config_file", str(file), "--num_processes", str(processes)]
-    local = max(1, processes // settings["num_machines"])
+    if machines.count > 1:
+        options += ["--num_machines", str(machines.count), "--machine_rank", str(machines.rank)]
+        options += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
+    local = _share(processes, machines.count if machines.count > 1 else settings["num_machines"])
     argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
     return argv, _environment(processes, local, threads)
 
@@ -149,11 +158,22 @@ def _status_text(run_dir: Path | None) -> str:
     return file.read_text(encoding="utf-8") if file and file.is_file() else ""
 
 
-def _on_cpu(script: list[str], processes: int) -> list[str]:
-    if processes == 1:
+def _share(processes: int, machines: int) -> int:
+    """Processes on each machine."""
+    if processes % machines:
+        below, above = processes // machines * machines, (processes // machines + 1) * machines
+        legal = f"{below} or {above}" if below else str(above)
+        raise UsageError(f"--nproc: {processes} processes do not divide among {machines} machines; expected {legal}")
+    return processes // machines
+
+
+def _on_cpu(script: list[str], local: int, machines: Machines) -> list[str]:
+    if local == machines.count == 1:
         return [sys.executable, *script]
-    place = ["--nnodes", "1", "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    return [sys.executable, "-m", LAUNCHERS["torchrun"], "--nproc_per_node", str(processes), *place, *script]
+    address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", _free_port())
+    place = ["--nnodes", str(machines.count), "--node_rank", str(machines.rank)]
+    place += ["--master_addr", address, "--master_port", str(port)]
+    return [sys.executable, "-m", LAUNCHERS["torchrun"], "--nproc_per_node", str(local), *place, *script]
 
 
 def _environment(processes: int, local: int, threads: int) -> dict[str, str]:

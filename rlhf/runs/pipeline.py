@@ -120,6 +120,9 @@ def read(request: Request) -> tuple[Path, Pipeline]:
             raise ConfigError(f"--{stage}...: {file} has no stage {stage}; it has {', '.join(stages)}")
         if "output" in request.overrides[stage]:
             raise ConfigError(f"--{stage}.output: a stage writes into the pipeline's output; set that with --output")
+        for name in ("num-machines", "machine-rank", "main-address"):
+            if name in request.overrides[stage]:
+                raise ConfigError(f"--{stage}.{name}: a pipeline runs on one machine; start its stages one by one")
         for name in ("launch", "nproc", "dry-run", "json"):
             if name in request.overrides[stage]:
                 raise ConfigError(f"--{stage}.{name}: holds for all stages; write --{name}")
@@ -173,7 +176,7 @@ def print_plan(invocations: list[Invocation[Any]], as_json: bool) -> None:
         return
     for plan in plans:
         print(f"{plan['stage']}: {json.dumps(plan['config'], indent=2)}\n")
-        print("\n".join([*plan["batches"], "", plan["command"], "", "would write:"]))
+        print("\n".join([*plan["batches"], "", *plan["commands"], "", "would write:"]))
         print("\n".join(f"  {name}" for name in plan["writes"]) + "\n")
 
 

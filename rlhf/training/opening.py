@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from rlhf.config.schema import Stage
-from rlhf.errors import ConfigError, OutOfMemory, Preempted, RlhfError
+from rlhf.errors import ConfigError, OutOfMemory, OutputError, Preempted, RlhfError
 from rlhf.report.console import Console
 from rlhf.runs.lineage import differences, fingerprint, inputs_of, state_of
 from rlhf.runs.lock import run_lock
@@ -24,6 +25,9 @@ from rlhf.training.signals import StopRequest
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for another gives up. Rollouts and scoring stand outside every collective."""
+
+VISIBLE_WITHIN_SECONDS = 30
+"""What one machine writes, another sees on NFS after its cache of attributes has aged: 3 to 30 s (nfs(5), acregmin)."""
 
 _PROCESS_GROUPS: list[object] = []
 """Process groups of this process, held to its end. Freed as the last thing a DDP reducer holds, a gloo group joins its thread
@@ -49,6 +53,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
         train = Training(stage, config, accelerator, console, stop, allow_inexact_resume)
         _open_run(train, allow_inexact_resume, stack)
         try:
+            _require_one_directory(train)
             if config.report.trackers:
                 accelerator.init_trackers(stage)
             yield train
@@ -75,6 +80,19 @@ def _open_run(train: Training, allow_inexact_resume: bool, stack: ExitStack) -> 
         raise ending
     if codes[0] is not None:
         raise SystemExit(codes[0])
+
+
+def _require_one_directory(train: Training) -> None:
+    """Raises OutputError on every rank where one does not see what rank 0 wrote: checkpoints are read by all."""
+    written, deadline = train.run / MANIFEST, time.monotonic() + VISIBLE_WITHIN_SECONDS
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(train.gather(written.exists())) if not sees]
+    if blind:
+        raise OutputError(
+            f"{train.run.absolute()}: rank {blind[0]} does not see there what rank 0 wrote; --output must be on a file system "
+            "that all machines share"
+        )
 
 
 def _write_manifest(train: Training, allow_inexact_resume: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from rlhf import paths
 from rlhf.config import help_text, parse
+from rlhf.config.machines import Machines
 from rlhf.config.parse import SCHEMAS
 from rlhf.config.schema import SHORT_FLAGS, STAGES
 from rlhf.errors import ConfigError, UsageError
@@ -86,9 +87,10 @@ def test_the_stage_script_gets_all_but_the_launch_flags_and_parses_them_alike(tm
         "--json",
         "--ppo.clip=1",
     ]
-    for_launch = ["--launch", "cpu", "--nproc", "2", "--dry-run"]
+    for_launch = ["--launch", "cpu", "--nproc", "2", "--num-machines=2", "--machine-rank=1", "--main-address=a:1", "--dry-run"]
     outer = parse("ppo", [*rest[:3], *for_launch, *rest[3:]])
     assert outer.arguments == rest
+    assert outer.machines == Machines(2, 1, "a", 1)
     inner = parse("ppo", outer.arguments)
     assert inner.config == outer.config
     assert inner.arguments == outer.arguments
@@ -121,6 +123,11 @@ def test_the_unit_test_has_a_config_of_its_own(tmp_path: Path, monkeypatch: pyte
         (["--ppo.clip"], "--ppo.clip: the value is missing; expected a number, above 0"),
         (["--config"], "--config: the value is missing; expected NAME|FILE"),
         (["--dry-run=true"], "--dry-run: takes no value"),
+        (["--num-machines", "x"], "--num-machines: given `x`, expected a whole number, at least 1"),
+        (["--num-machines=2"], "--main-address: given ``, expected HOST or HOST:PORT"),
+        (["--num-machines=2", "--main-address=a:b"], "--main-address: given `a:b`, expected HOST or HOST:PORT"),
+        (["--num-machines=2", "--main-address=a", "--machine-rank=2"], "--machine-rank: given 2, expected 0 to 1"),
+        (["--machine-rank=0"], "--machine-rank: has no meaning on one machine; give --num-machines"),
         (["--nproc", "0"], "--nproc: given `0`, expected a whole number, at least 1"),
         (["--nproc=two"], "--nproc: given `two`"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
@@ -161,7 +168,7 @@ def test_a_command_takes_its_model_first(tmp_path: Path) -> None:
     )
     assert parse("eval", ["--config", str(tmp_path / "mine.yaml")]).config == config
     with pytest.raises(ConfigError, match="fp8 is set and precision is fp32: give precision `fp8` or `both`"):
-        parse("eval", ["runs/sft", "--data", "rows.jsonl", "--fp8.keep-first", "1"])
+        parse("eval", ["runs/sft", "--data", "rows.jsonl", "--fp8.recipe", "block"])
     with pytest.raises(UsageError, match="`runs/sft`: expected a flag"):
         parse("sft", ["runs/sft", "--data", "rows.jsonl"])
 

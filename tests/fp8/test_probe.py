@@ -12,8 +12,10 @@ import torch
 
 from rlhf.cli import main
 from rlhf.config.parse import parse
+from rlhf.config.sections import TrainingFp8
 from rlhf.training.fp8 import probe as module
 from rlhf.training.fp8.probe import Trajectory, judged, probe, seed_band
+from rlhf.training.fp8.sft import with_fp8
 
 
 def trajectory(late: float, drift: float = 0.0, gradient: tuple[float, float] = (1.0, 0.0)) -> Trajectory:
@@ -59,6 +61,15 @@ def test_the_same_batches_learn_alike(subject_files):
         assert verdict.seed_band > 0
 
 
+def test_options_that_one_of_the_compared_recipes_has_are_left_to_it(subject_files):
+    config = parse("sft", [*arguments(subject_files), "--output", os.devnull, "--fp8.recipe=delayed"]).config
+    config = with_fp8(config, amax_history=16)
+    assert with_fp8(config, recipe="block").fp8 == TrainingFp8(recipe="block")
+    assert with_fp8(config, recipe="delayed").fp8.amax_history == 16
+    words = ["fp8", "probe", *arguments(subject_files), "--steps", "1", "--seeds", "1", "--json"]
+    assert main([*words, "--recipes", "delayed,block", "--fp8.amax_history", "16"]) in (0, 1)
+
+
 def test_without_fp8_there_is_no_gap_and_a_worse_run_fails(subject_files, monkeypatch, capsys):
     words = ["fp8", "probe", *arguments(subject_files), "--steps", "4", "--seeds", "1", "--recipe", "block", "--json"]
     products = ("--fp8.high_precision", "fprop,dgrad,wgrad")
@@ -90,6 +101,9 @@ def test_the_other_commands(subject_files, tmp_path, capsys):
     assert main(["fp8", "inspect", model, *data, "--recipe", "current", "--heatmap", str(tmp_path / "map.png"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["operands"]) == 3 * 7 * 3
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["fp8", "inspect", model, *data, "--lora.rank", "4", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)["operands"]
+    assert {one["gemm"] for one in seen} == {"fprop", "dgrad"}  # the frozen base has no wgrad
     assert main(["fp8", "bisect", model, *data, "--recipe", "delayed"]) == 0
     assert "nothing stands out" in capsys.readouterr().out
 
@@ -111,7 +125,18 @@ def test_the_other_commands(subject_files, tmp_path, capsys):
         (["fp8", "plan", "MODEL", "--fp8.keep", "*.q_proj:"], 78, "after the colon expected fprop, dgrad, wgrad, found ''"),
         (["fp8", "plan", "MODEL", "--fp8.keep_first", "9"], 78, "no layer of LlamaForCausalLM can run in FP8"),
         (["fp8", "plan", "MODEL", "--recipe", "none"], 2, "--recipe none: without FP8 there is nothing to look at"),
-        (["fp8", "inspect", "MODEL", "--data", "ROWS", "--heatmap", "no/where.png"], 73, "--heatmap no/where.png: there is no"),
+        (["fp8", "plan", "MODEL", "--fp8.recipe", "none"], 2, "--recipe none: without FP8 there is nothing to look at"),
+        (["fp8", "inspect", "MODEL", "--data", "ROWS", "--heatmap", "."], 73, "--heatmap .: expected a file"),
+        (
+            ["fp8", "probe", "--model", "MODEL", "--data", "ROWS", "--fp8.margin", "1"],
+            78,
+            "margin has no meaning with recipe block",
+        ),
+        (
+            ["fp8", "inspect", "MODEL", "--data", "ROWS", "--heatmap", "no/where.png"],
+            73,
+            "--heatmap no/where.png: expected a file",
+        ),
         (["fp8", "inspect", "MODEL", "--data", "ROWS", "--fp8.backend", "te"], 78, "look into the layers of backend reference"),
         (
             ["fp8", "probe", "--model", "MODEL", "--data", "ROWS", "--precision", "fp64"],

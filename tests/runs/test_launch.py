@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from rlhf import paths
+from rlhf.config.machines import Machines
 from rlhf.errors import ConfigError, UsageError
 from rlhf.runs import launch
 from rlhf.runs.lock import run_lock
@@ -70,6 +71,23 @@ class TestCommand:
         argv, env = launch.command("sft", str(tmp_path / "own.yaml"), 1, [])
         assert argv[5:7] == ["--num_processes", "8"]
         assert env["OMP_NUM_THREADS"] == str(max(1, CORES // 4))
+
+    def test_several_machines(self) -> None:
+        here = Machines(2, 1, "10.0.0.1", 4711)
+        argv, env = launch.command("ppo", "cpu", 4, [], threads=1, machines=here)
+        place = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "10.0.0.1", "--master_port", "4711"]
+        assert argv[3:-1] == ["--nproc_per_node", "2", *place]
+        assert env["RLHF_EXPECTED_WORLD_SIZE"] == "4"
+        argv, env = launch.command("ppo", "ddp", 16, [], machines=here)
+        place = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--main_process_port", "4711"]
+        assert argv[5:-1] == ["--num_processes", "16", *place]
+        assert env["OMP_NUM_THREADS"] == str(max(1, CORES // 8))
+        assert launch.command("ppo", "cpu", 2, [], machines=here)[0][3:5] == ["--nproc_per_node", "1"]
+        for launcher in ("cpu", "ddp"):
+            with pytest.raises(UsageError, match="--nproc: 5 processes do not divide among 2 machines; expected 4 or 6"):
+                launch.command("ppo", launcher, 5, [], machines=here)
+        with pytest.raises(UsageError, match="--nproc: 1 processes do not divide among 2 machines; expected 2"):
+            launch.command("ppo", "cpu", 1, [], machines=here)
 
     @pytest.mark.parametrize(
         ("devices", "nproc", "chosen"), [([], 1, "python"), (["nvidia0"], 1, "gpu"), (["nvidia0", "nvidia1"], 2, "ddp")]

@@ -54,8 +54,8 @@ def plan_command(model: str, fp8: Fp8, as_json: bool) -> int:
 
 
 def inspect_command(asked: Rows, picture: Path | None) -> int:
-    if picture is not None and not picture.absolute().parent.is_dir():
-        raise OutputError(f"--heatmap {picture}: there is no directory {picture.absolute().parent}")
+    if picture is not None and (picture.is_dir() or not picture.absolute().parent.is_dir()):
+        raise OutputError(f"--heatmap {picture}: expected a file to write, in a directory that is there")
     config = _on_reference(asked.config)
     subject = open_subject(config)
     rows = read_rows(subject, config.data.train)

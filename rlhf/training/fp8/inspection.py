@@ -114,6 +114,7 @@ class Watch:
     def __init__(self, layer: FP8Linear, recipes: Sequence[Recipe]) -> None:
         self.recipes = recipes
         self.kept = layer.high_precision
+        self.not_in_fp8 = self.kept if layer.weight.requires_grad else self.kept | {"wgrad"}
         self.counting = False
         """Whether what is shown is measured, or only remembered for delayed scales."""
         self.amax_before: dict[Operand, list[Tensor]] = {operand: [] for operand in OPERANDS}
@@ -143,7 +144,7 @@ class Watch:
         seen: list[tuple[Gemm, QuantizationError]] = [
             (gemm, loss) for gemm in PRODUCTS[operand] if (loss := self.losses.get((recipe, operand, gemm)))
         ]
-        used: list[tuple[Gemm, QuantizationError]] = [pair for pair in seen if pair[0] not in self.kept]
+        used: list[tuple[Gemm, QuantizationError]] = [pair for pair in seen if pair[0] not in self.not_in_fp8]
         return min(used, key=lambda pair: pair[1].sqnr, default=None)
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlhf.config.schema import SftConfig
+from rlhf.config.sections import OPTIONS_OF_RECIPES
 from rlhf.data.collate import TokenBatch, sft_batch
 from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import chunks
@@ -95,13 +96,16 @@ def read_rows(subject: Subject, path: str) -> list[SftExample]:
 
 
 def with_fp8(config: SftConfig, **changes: object) -> SftConfig:
-    """The config with other FP8 settings.
+    """The config with other FP8 settings; options that a new recipe does not have are left to the others that are compared.
 
     Raises:
         ConfigError: no stage would take them, either.
     """
     settings = config.model_dump()
     settings["fp8"] |= changes
+    for name, recipes in OPTIONS_OF_RECIPES.items():
+        if settings["fp8"]["recipe"] not in recipes:
+            del settings["fp8"][name]
     try:
         return SftConfig.model_validate(settings)
     except ValidationError as error:

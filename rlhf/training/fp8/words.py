@@ -58,10 +58,9 @@ def run(argv: Sequence[str]) -> int:
     if action == "inspect":
         parser.add_argument("--heatmap", type=Path)
     given, fields = parser.parse_known_args(words)
-    if given.recipe == "none":
-        raise UsageError("--recipe none: without FP8 there is nothing to look at; leave it out for block")
-    if given.recipe:
-        fields += ["--fp8.recipe", given.recipe]
+    recipes = [name.strip() for name in given.recipes.split(",") if name.strip()] if action == "probe" else []
+    if recipe := given.recipe or next(iter(recipes), None):
+        fields += ["--fp8.recipe", recipe]
     if action == "plan":
         fields += ["--data", os.devnull]
     if action != "probe":
@@ -76,14 +75,16 @@ def run(argv: Sequence[str]) -> int:
         return command.inspect_command(command.Rows(config, given.rows, given.as_json), given.heatmap)
     if action == "bisect":
         return command.bisect_command(command.Rows(config, given.rows, given.as_json))
-    recipes = [name.strip() for name in given.recipes.split(",") if name.strip()]
     return command.probe_command(config, given.steps, given.seeds, recipes, given.as_json)
 
 
 def _config(fields: Sequence[str]) -> SftConfig:
-    """`output` is required of a stage; nothing is written there."""
+    """With recipe `block` where none is named. `output` is required of a stage; nothing is written there."""
     named = {word.partition("=")[0] for word in fields}
-    config = parse("sft", [*fields, *([] if "--output" in named else ["--output", os.devnull])]).config
+    fields = [*fields, *([] if "--output" in named else ["--output", os.devnull])]
+    config = parse("sft", fields).config
     if config.fp8.recipe != "none":
         return config
-    return parse("sft", [*fields, "--fp8.recipe", "block", *([] if "--output" in named else ["--output", os.devnull])]).config
+    if "--fp8.recipe" in named:
+        raise UsageError("--recipe none: without FP8 there is nothing to look at; leave it out for block")
+    return parse("sft", [*fields, "--fp8.recipe", "block"]).config
