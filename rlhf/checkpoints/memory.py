@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def uninitialised(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
@@ -35,7 +37,13 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """torch.cat; on tensors without data that one imports a compiler, which costs a plan most of a second (torch 2.13)."""
+    """torch.cat; on tensors without data that one imports a compiler, which costs a plan most of a second (torch 2.13).
+
+    Raises:
+        RuntimeError: the parts are of several types; one of them would be rounded.
+    """
+    if len({part.dtype for part in parts}) > 1:
+        raise RuntimeError(f"they are of several types: {', '.join(str(part.dtype) for part in parts)}")
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     if parts[0].is_meta:

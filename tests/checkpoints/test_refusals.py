@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -324,3 +325,22 @@ def test_all_is_on_disk_before_it_has_its_name(home, tmp_path, monkeypatch) -> N
     before = {re.sub(r"^.*\.partial", "out", call) for call in calls[:at]}
     assert before == {"out", *(str(path.relative_to(tmp_path)) for path in (tmp_path / "out").rglob("*"))}
     assert calls[at + 1 :] == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(3000 * 70, dtype=torch.float32).view(70, 3000).t(),  # rows of 280 bytes, many in a chunk
+        torch.arange(4 * 50_000, dtype=torch.float32).view(4, 50_000)[:, :40_000],  # rows longer than a chunk
+        torch.arange(7, dtype=torch.int16)[:, None].expand(7, 300),
+        torch.tensor(3.0),
+    ],
+    ids=["transposed", "long rows", "one column repeated", "a number"],
+)
+def test_a_tensor_is_written_in_the_order_of_its_rows(tensor, tmp_path) -> None:
+    file = TargetFile("one.safetensors", "safetensors", {"a": Entry(tuple(tensor.shape), tensor.dtype)})
+    sink = open_sink(tmp_path, file)
+    digest = sink.write("a", tensor)
+    sink.close()
+    assert torch.equal(load_file(tmp_path / "one.safetensors")["a"], tensor)
+    assert digest == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rewrite import Change, back, copied, differing, edit, rewrite
 from safetensors.torch import load_file, save_file
+from tiny import build
 
 from rlhf.checkpoints.convert import Request, To, plan
 from rlhf.errors import DataError
@@ -200,3 +201,13 @@ def test_the_newer_name_of_layernorm_1p(models, tmp_path) -> None:
         content["args"].layernorm_zero_centered_gamma = True
 
     assert differing(copied(models, tmp_path, "qwen3", change=renamed)) == []
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("self_attn.q_proj", torch.float16), ("mlp.up_proj", torch.float16)])
+def test_parts_of_several_types_are_not_rounded_to_one(tmp_path, name, dtype) -> None:
+    build("llama-gqa", tmp_path / "hf")
+    tensors = load_file(file := tmp_path / "hf" / "model.safetensors")
+    tensors[f"model.layers.1.{name}.weight"] = tensors[f"model.layers.1.{name}.weight"].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"model\.layers\.1\..*they are of several types: .*torch\.float16"):
+        plan(Request(tmp_path / "hf", tmp_path / "out", "megatron"))
