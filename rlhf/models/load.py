@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -144,7 +144,10 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
 
         scalar = "num_labels" in changes
         open_base = partial(load_scalar, new_head=True) if scalar else load_actor
-        return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, loading))
+        try:
+            return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, loading))
+        except SafetensorError as error:
+            raise DataError(_corrupt(adapter.parent, error)) from error
     try:
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, **changes)
         return factory.from_pretrained(
@@ -155,8 +158,21 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             attn_implementation=loading.attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise DataError(_corrupt(Path(source.path), error)) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+
+
+def _corrupt(directory: Path, error: SafetensorError) -> str:
+    """Which file of a directory is no safetensors file: the library's own message names none."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return f"{file}: corrupt, or cut short: {_first_line(error)}; fetch or copy it again"
+    return f"{directory}: its weights cannot be read: {_first_line(error)}"
 
 
 def _account(spec: str, report: dict[str, Any], missing: set[str], unexpected: set[str]) -> None:

@@ -145,7 +145,7 @@ def test_the_other_commands(subject_files, tmp_path, capsys):
         ),
         (["fp8", "probe", "--model", "MODEL", "--data", "ROWS", "--fp8.keep", "*.nope"], 78, "matches no layer"),
         (["fp8", "probe", "--model", "MODEL", "--data", "ONE"], 65, "one row to train on and none to look at"),
-        (["fp8", "inspect", "CORRUPT", "--data", "ROWS"], 65, "transformers cannot open it"),
+        (["fp8", "inspect", "CORRUPT", "--data", "ROWS"], 65, "corrupt/model.safetensors: corrupt, or cut short"),
     ],
 )
 def test_mistakes(words, code, said, subject_files, tmp_path, capsys):

@@ -172,6 +172,12 @@ def test_an_adapter_on_a_changed_base_is_refused(tiny, tmp_path):
     assert torch.equal(adapted(IDS).logits, plain)  # E6: at the start an adapter changes nothing
     save_model(adapted, tmp_path / "adapter", load_tokenizer(str(tiny / "llama")))
     assert torch.allclose(load_actor(str(tmp_path / "adapter"), Loading())(IDS).logits, plain, atol=1e-6)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"adapter_model\.safetensors: corrupt, or cut short"):
+        load_actor(str(tmp_path / "adapter"), Loading())
+    weights.write_bytes(whole)
     (tmp_path / "base" / "config.json").write_text((tmp_path / "base" / "config.json").read_text() + " ")
     with pytest.raises(DataError, match="changed since"):
         load_actor(str(tmp_path / "adapter"), Loading())
