@@ -36,6 +36,9 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
         return launch.run(argv, env, None)
     run = Path(config.output)
     if invocation.machines.rank > 0:  # machine 0 keeps the books, and has the run's lock
+        if (status := read_status(run)) and status["state"] == "done":  # it starts nothing that could be joined
+            print(f"{stage}: done, kept: {run}", file=log, flush=True)
+            return 0
         print(f"{stage}: joins {run} on {invocation.machines.address}", file=log)
         print(launch.printable(argv, env), file=log, flush=True)
         return launch.run(argv, env, None, stdout=STDERR if quiet else None)

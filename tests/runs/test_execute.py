@@ -136,3 +136,12 @@ def test_batches_of_ppo() -> None:
     assert minibatch.endswith("32 replies per optimizer step = 2 processes x 8 replies per micro-batch x 2 micro-batches")
     assert total == "100 iterations: 600 optimizer steps, 9600 replies in all"
     assert "one iteration for every 64 prompts" in lines("ppo", 1, schedule__unit="epochs")[-1]
+
+
+def test_another_machine_has_nothing_to_join_once_the_run_is_done(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--config", "sft.yaml"]) == 0
+    before = {file: file.stat().st_mtime_ns for file in Path.cwd().rglob("*")}
+    machine = ["--launch", "cpu", "--nproc", "2", "--num-machines", "2", "--machine-rank", "1", "--main-address", "nowhere"]
+    assert main(["sft", "--config", "sft.yaml", *machine]) == 0
+    assert capfd.readouterr().out.endswith("sft: done, kept: sft\n")
+    assert {file: file.stat().st_mtime_ns for file in Path.cwd().rglob("*")} == before
