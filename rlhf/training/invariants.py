@@ -131,7 +131,7 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
     largest, recipe = apart.max(), config.fp8.recipe
     measured = f"{len(rows)} replies scored alone and together differ by {apart.mean():.1e} nats a token, at most {largest:.1e}"
     if recipe_of(config.fp8).batch_invariant:
-        within = largest <= BATCH_MATES_TOLERANCE
+        within = largest <= max(BATCH_MATES_TOLERANCE, ROLLOUT_TOLERANCE[config.precision])
         checks.expect("batch mates", within, largest, "a reply gets the same log-probs alone and beside others")
         return f"fp8.recipe {recipe}: {measured}"
     return (

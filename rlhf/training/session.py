@@ -309,7 +309,8 @@ class Training:
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
         restore_optimizer(self.optimizer, found.tensors("optimizer"))
-        load_fp8_state(self.all_models(), found.tensors("fp8"), strict=not self.allow_inexact_resume)
+        if fp8_state(self.all_models()):
+            load_fp8_state(self.all_models(), found.tensors("fp8"), strict=not self.allow_inexact_resume)
         if self.allow_inexact_resume and (fresh := uncalibrated(self.policy)):
             self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
         own = state["training"]
