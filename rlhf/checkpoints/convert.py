@@ -18,7 +18,7 @@ from rlhf.checkpoints.family import Family
 from rlhf.checkpoints.hugging_face import CARRIED, CONFIG, read_config
 from rlhf.checkpoints.layouts import torch_dist, write_torch
 from rlhf.checkpoints.layouts.heap import Heap
-from rlhf.checkpoints.memory import concatenated
+from rlhf.checkpoints.operations import concatenated
 from rlhf.checkpoints.plan import Check, Target
 from rlhf.checkpoints.sizes import Grid, Sizes
 from rlhf.checkpoints.stored import Checkpoint, Stored, derived

@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints.memory import concatenated, contiguous
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -164,11 +162,26 @@ class Gated:
         return list(ours.chunk(2))
 
 
+def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat; on tensors without data that one imports a compiler, which costs a plan most of a second (torch 2.13).
+
+    Raises:
+        RuntimeError: the parts are of several types; one of them would be rounded.
+    """
+    if len({part.dtype for part in parts}) > 1:
+        raise RuntimeError(f"they are of several types: {', '.join(str(part.dtype) for part in parts)}")
+    if not parts[0].is_meta:
+        return torch.cat(list(parts), dim)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
+
+
 def split_qkv(fused: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) of a weight ((heads + 2 groups) D, H) or a bias; each in the order of its heads."""
     per_group = heads.heads // heads.groups
     parts = fused.view(heads.groups, per_group + 2, -1, *fused.shape[1:])
-    q, k, v = (contiguous(part).flatten(0, 2) for part in parts.split([per_group, 1, 1], dim=1))
+    q, k, v = (part.reshape(-1, *fused.shape[1:]) for part in parts.split([per_group, 1, 1], dim=1))
     return q, k, v
 
 

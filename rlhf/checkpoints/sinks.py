@@ -104,7 +104,7 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _safetensors_layout(path: Path, file: TargetFile) -> dict[str, int]:

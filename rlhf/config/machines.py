@@ -21,18 +21,21 @@ class Machines:
     port: int = PORT
 
 
+ONE_MACHINE = Machines()
+
+
 def machines_of(words: Mapping[str, str]) -> Machines:
     """From the flags num-machines, machine-rank and main-address.
 
     Raises:
         UsageError: a number that is none, a rank of no machine, or an address that is missing.
     """
-    count, rank = _number(words, "num-machines", 1, 1), _number(words, "machine-rank", 0, 0)
+    count, rank = whole_number(words, "num-machines", 1, 1), whole_number(words, "machine-rank", 0, 0)
     address = words.get("main-address", "")
     if count == 1:
         if idle := {"machine-rank", "main-address"} & set(words):
             raise UsageError(f"--{min(idle)}: has no meaning on one machine; give --num-machines, too")
-        return Machines()
+        return ONE_MACHINE
     if rank >= count:
         raise UsageError(f"--machine-rank: given {rank}, expected 0 to {count - 1}: there are {count} machines")
     host, _, port = address.partition(":")
@@ -43,7 +46,8 @@ def machines_of(words: Mapping[str, str]) -> Machines:
     return Machines(count, rank, host, int(port) if port else PORT)
 
 
-def _number(words: Mapping[str, str], name: str, default: int, least: int) -> int:
+def whole_number(words: Mapping[str, str], name: str, default: int, least: int) -> int:
+    """The value of a flag. Raises UsageError where it is no whole number, or below `least`."""
     text = words.get(name, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise UsageError(f"--{name}: given `{text}`, expected a whole number, at least {least}")

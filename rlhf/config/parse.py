@@ -18,7 +18,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overlo
 from rlhf.config import fields
 from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
 from rlhf.config.load import find_config, load
-from rlhf.config.machines import Machines, machines_of
+from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.config.sections import Section
 from rlhf.errors import UsageError
@@ -106,7 +106,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     if stage in COMMANDS and argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
     words = _sort(stage, argv)
-    nproc, machines = _process_count(words.own.get("nproc", "1")), machines_of(words.own)
+    nproc, machines = whole_number(words.own, "nproc", 1, 1), machines_of(words.own)
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(
@@ -126,12 +126,6 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
 
 def _flags(stage: str) -> Iterator[Flag]:
     return (flag for flag in FLAGS if stage in flag.only)
-
-
-def _process_count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--nproc: given `{text}`, expected a whole number, at least 1")
-    return int(text)
 
 
 def _sort(stage: str, argv: Sequence[str]) -> _Words:

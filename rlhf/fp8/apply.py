@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -25,13 +26,9 @@ def apply(model: nn.Module, config: Fp8) -> None:
     require_any(decisions, config, model)
     backend: Backend = open_backend(config.backend, recipe)
     chosen = [one for one in decisions if one.in_fp8]
-    layers = {id(model.get_submodule(one.place)): one.high_precision for one in chosen}
-    made: dict[int, nn.Module] = {}
-    for place, linear in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places
-        if id(linear) in layers:
-            if id(linear) not in made:
-                made[id(linear)] = backend.layer(linear, recipe, layers[id(linear)])  # pyright: ignore[reportArgumentType]
-            model.set_submodule(place, made[id(linear)])
+    linears = [model.get_submodule(one.place) for one in chosen]
+    made = [backend.layer(linear, recipe, one.high_precision) for linear, one in zip(linears, chosen, strict=True)]  # pyright: ignore
+    _replace(model, linears, made)
 
 
 def described(model: nn.Module) -> str:
@@ -65,11 +62,19 @@ def is_on(model: nn.Module) -> bool:
 
 def undo(model: nn.Module) -> None:
     """Plain nn.Linear layers in place of FP8 ones, with the same parameters."""
-    made: dict[int, nn.Linear] = {}
-    for place, layer in list(model.named_modules(remove_duplicate=False)):
-        if getattr(layer, "is_fp8", False):
-            if id(layer) not in made:
-                made[id(layer)] = plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")  # pyright: ignore
-                plain.weight, plain.bias = layer.weight, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-                plain.train(layer.training)
-            model.set_submodule(place, made[id(layer)])
+    layers = list(layers_in_fp8(model).values())
+    _replace(model, layers, [_plain(layer) for layer in layers])
+
+
+def _plain(layer: Any) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
+
+
+def _replace(model: nn.Module, old: Sequence[nn.Module], new: Sequence[nn.Module]) -> None:
+    """Each old module by its new one, in every place it stands."""
+    successor = dict(zip(old, new, strict=True))
+    for place, module in list(model.named_modules(remove_duplicate=False)):
+        if module in successor:
+            model.set_submodule(place, successor[module])

@@ -48,15 +48,13 @@ class FP8Linear(nn.Linear):
         self._weights: dict[tuple[int, int], tuple[object, Quantized]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        record = self.recipe.delayed and (self.calibrating or torch.is_grad_enabled())
         if not self.enabled:
             y = super().forward(x)
-            if record:
-                record_beside(self, x, y)
+            record_beside(self, x, y)
             return y
         if len(self.high_precision) == len(GEMMS) and self.observe is None:
             return super().forward(x)
-        return _Products.apply(x, self.weight, self.bias, self, record)  # pyright: ignore[reportReturnType]
+        return _Products.apply(x, self.weight, self.bias, self, records(self))  # pyright: ignore[reportReturnType]
 
     def quantized(self, operand: Operand, gemm: Gemm, x: Tensor) -> Quantized:
         """An operand (matrix) as the product takes it."""
@@ -83,6 +81,11 @@ class FP8Linear(nn.Linear):
         self._weights.clear()
 
 
+def records(layer: Any) -> bool:
+    """Whether a pass at this moment goes into the history of delayed scaling."""
+    return layer.recipe.delayed and (layer.calibrating or torch.is_grad_enabled())
+
+
 def record_magnitude(layer: Any, operand: Operand, x: Tensor) -> None:
     """Takes an operand's largest magnitude into the step's row; a tensor with NaN has none, and would cost that row."""
     latest = layer.amax_history[0, OPERANDS.index(operand)]
@@ -91,6 +94,8 @@ def record_magnitude(layer: Any, operand: Operand, x: Tensor) -> None:
 
 def record_beside(layer: Any, x: Tensor, y: Tensor) -> None:
     """What a layer with delayed scaling would have seen, of a pass without FP8: its scales fit when FP8 goes on."""
+    if not records(layer):
+        return
     record_magnitude(layer, "activation", x.detach())
     record_magnitude(layer, "weight", layer.weight.detach())
     if y.requires_grad:

@@ -94,7 +94,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 def forget_weights(model: nn.Module) -> None:
     """After an optimizer step: weights are quantised anew, whichever way an engine wrote them."""
     for layer in fp8_layers(model).values():
-        layer.forget_weights()
+        if layer.weight.requires_grad:  # a frozen base, which no step writes, is not quantised again
+            layer.forget_weights()
 
 
 def fp8_state(model: nn.Module) -> dict[str, Tensor]:

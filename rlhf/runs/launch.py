@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf import paths
-from rlhf.config.machines import Machines
+from rlhf.config.machines import ONE_MACHINE, Machines
 from rlhf.errors import ConfigError, Locked, UsageError
 from rlhf.runs.lock import check_unlocked
 from rlhf.runs.manifest import STATUS, read_status, write_status
@@ -26,7 +26,7 @@ LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.comm
 
 
 def command(
-    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0, machines: Machines | None = None
+    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0, machines: Machines = ONE_MACHINE
 ) -> tuple[list[str], dict[str, str]]:
     """The command line that runs a stage on this machine, and the environment variables it needs.
 
@@ -44,7 +44,6 @@ def command(
     if launch == "auto":
         launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if nproc > 1 else "gpu"
     script = [str(paths.STAGES / f"{stage}.py"), *arguments]
-    machines = machines or Machines()
     if launch == "cpu":
         local = _share(nproc, machines.count)
         return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"}

@@ -40,10 +40,10 @@ class Checkpoint:
     directory: Path
     step: int
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Of the file of that name; none where a run had nothing to put there."""
+    def tensors(self, name: str, optional: bool = False) -> dict[str, Tensor]:
+        """Of the file of that name; if it is `optional`, none where the run had nothing to put there."""
         path = self.directory / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
+        return {} if optional and not path.exists() else load_file(path)
 
     def state(self) -> dict[str, Any]:
         return json.loads((self.directory / STATE).read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
         stop = StopRequest(config.max_hours)
         stack.callback(stop.restore)
         train = Training(stage, config, accelerator, console, stop, allow_inexact_resume)
-        _open_run(train, allow_inexact_resume, stack)
+        _open_run(train, stack)
         try:
             _require_one_directory(train)
             if config.report.trackers:
@@ -66,13 +66,13 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
             raise
 
 
-def _open_run(train: Training, allow_inexact_resume: bool, stack: ExitStack) -> None:
+def _open_run(train: Training, stack: ExitStack) -> None:
     """Rank 0 locks the directory and writes run.json; the others go on, or end, as it does."""
     ending: BaseException | None = None
     if train.is_main:
         try:
             stack.enter_context(run_lock(train.run))
-            _write_manifest(train, allow_inexact_resume)
+            _write_manifest(train)
         except (RlhfError, SystemExit) as error:
             ending = error
     codes = train.gather(None if ending is None else getattr(ending, "exit_code", 0))
@@ -95,9 +95,9 @@ def _require_one_directory(train: Training) -> None:
         )
 
 
-def _write_manifest(train: Training, allow_inexact_resume: bool) -> None:
+def _write_manifest(train: Training) -> None:
     stage, config, threads = train.stage, train.config, torch.get_num_threads()
-    state = state_of(train.run, stage, config, train.world_size, threads, allow_inexact_resume)
+    state = state_of(train.run, stage, config, train.world_size, threads, train.allow_inexact_resume)
     if state == "done":
         train.note(f"{train.run} is finished already")
         raise SystemExit(0)

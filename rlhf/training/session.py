@@ -310,7 +310,8 @@ class Training:
                 parameter.copy_(weights[name])
         restore_optimizer(self.optimizer, found.tensors("optimizer"))
         if fp8_state(self.all_models()):
-            load_fp8_state(self.all_models(), found.tensors("fp8"), strict=not self.allow_inexact_resume)
+            saved = found.tensors("fp8", optional=True)
+            load_fp8_state(self.all_models(), saved, strict=not self.allow_inexact_resume)
         if self.allow_inexact_resume and (fresh := uncalibrated(self.policy)):
             self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
         own = state["training"]

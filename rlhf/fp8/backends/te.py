@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from rlhf.errors import ConfigError
 from rlhf.fp8.formats import E5M2
-from rlhf.fp8.linear import add_delayed_buffers, record_beside
+from rlhf.fp8.linear import add_delayed_buffers, record_beside, records
 from rlhf.fp8.recipes import OPERANDS, Gemm, Recipe
 from rlhf.fp8.scaling import largest_magnitude, scale_of
 
@@ -147,11 +147,9 @@ def _layer_class() -> Any:
                 self.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = ()  # to it: "has been told whose scales to move"
 
         def forward(self, x: Tensor) -> Tensor:
-            recording = self.recipe.delayed and (self.calibrating or torch.is_grad_enabled())
             if not self.enabled:
                 y = F.linear(x, self.weight, self.bias)
-                if recording:
-                    record_beside(self, x, y)
+                record_beside(self, x, y)
                 return y
             flat = x.reshape(-1, x.shape[-1])
             padded = F.pad(flat, (0, 0, 0, -len(flat) % MULTIPLE[self.recipe.name]))
@@ -169,11 +167,10 @@ def _layer_class() -> Any:
             super().init_fp8_metadata(num_gemms)
             if not self.recipe.delayed:
                 return
-            record = self.calibrating or torch.is_grad_enabled()
             quantizers = *self.quantizers["scaling_fwd"][:2], self.quantizers["scaling_bwd"][0]
             for place, quantizer in enumerate(quantizers):
                 quantizer.scale = self.scale[place]
-                quantizer.amax = self.amax_history[0, place : place + 1] if record or place == 2 else self._unrecorded
+                quantizer.amax = self.amax_history[0, place : place + 1] if records(self) or place == 2 else self._unrecorded
 
         @torch.no_grad()
         def _first_scale(self, place: int, x: Tensor) -> None:

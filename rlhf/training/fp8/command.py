@@ -44,11 +44,10 @@ def plan_command(model: str, fp8: Fp8, as_json: bool) -> int:
     if as_json:
         rows = [asdict(one) | {"high_precision": sorted(one.high_precision), "in_fp8": one.in_fp8} for one in decisions]
         _print_json({"recipe": fp8.recipe, "layers": rows})
-        require_any(decisions, fp8, laid_out)
-        return 0
-    rows = [(one.name, f"{one.shape[0]} x {one.shape[1]}", "FP8" if one.in_fp8 else "-", one.reason) for one in decisions]
-    print(_table(("layer", "out x in", fp8.recipe, "why"), rows))
-    print(f"\n{summary(decisions)}")
+    else:
+        rows = [(one.name, f"{one.shape[0]} x {one.shape[1]}", "FP8" if one.in_fp8 else "-", one.reason) for one in decisions]
+        print(_table(("layer", "out x in", fp8.recipe, "why"), rows))
+        print(f"\n{summary(decisions)}")
     require_any(decisions, fp8, laid_out)
     return 0
 
