@@ -49,6 +49,12 @@ class StorageError(RlhfError):
     exit_code = 74
 
 
+class LostRank(RlhfError):
+    """Another process of the run is gone or does not answer; the last checkpoint is where the run goes on."""
+
+    exit_code = 74
+
+
 class Locked(RlhfError):
     """Another run is writing into the same directory."""
 

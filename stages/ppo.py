@@ -46,7 +46,7 @@ from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.training import invariants
-from rlhf.training.accumulation import scoring_micro_batches
+from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.entry import run_stage
 from rlhf.training.opening import open_training
 
@@ -70,8 +70,8 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         train.record_tokenizer(roles.tokenizer)
         pad_id = roles.pad_id
         for frozen in filter(None, (roles.reference, roles.reward)):
-            train.prepare_frozen(frozen.model)
-        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size)
+            frozen.model = train.prepare_frozen(frozen.model)
+        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PromptExample]:
@@ -97,15 +97,13 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
             sizes = len(asked), config.ppo.minibatch_size, config.micro_batch_size
             micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
-            mine = [row for micro in micros for row in micro]
-            if not mine:  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
-                micros = [[0]]
-            drawn = [row for micro in micros for row in micro]
+            mine = [row for micro in micros if micro.weight for row in micro.items]
+            drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
             with train.phase("rollout"):
                 samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
             with train.phase("score"):
                 texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
-                places = [[local[row] for row in micro] for micro in micros]
+                places = [MicroBatch([local.get(row, 0) for row in micro.items], micro.weight) for micro in micros]
                 temperature = sampling.temperature or 1.0  # greedy evaluation is scored as the policy itself
                 scored = score(samples, texts, places, policy, roles.reference, reward, temperature, pad_id)
             parts = [part for part in train.gather((mine, scored)) if part[0]]
@@ -171,6 +169,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:
             train.result["after"] = evaluation(train.step_done)
+        train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "critic", roles.tokenizer, merge=config.lora.merge)
             save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)

@@ -70,6 +70,7 @@ def main(invocation: Invocation) -> None:
 
         # -- the result ----------------------------------------------------------------------------------------------
         result = evaluate(train, config, policy, held_out, pad_id, train.step_done) if held_out else {}
+        train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
         train.finish(result, ["model"])

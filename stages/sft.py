@@ -75,6 +75,7 @@ def main(invocation: Invocation) -> None:
 
         # -- the result ----------------------------------------------------------------------------------------------
         result = evaluate(train, config, policy, held_out, collate, pad_id, train.step_done) if held_out else {}
+        train.consolidate()
         if train.is_main:
             save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(result, ["model"])

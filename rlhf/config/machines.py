@@ -24,8 +24,8 @@ class Machines:
 ONE_MACHINE = Machines()
 
 
-def machines_of(words: Mapping[str, str]) -> Machines:
-    """From the flags num-machines, machine-rank and main-address.
+def machines_of(words: Mapping[str, str]) -> Machines | None:
+    """From the flags num-machines, machine-rank and main-address; None where there are none.
 
     Raises:
         UsageError: a number that is none, a rank of no machine, or an address that is missing.
@@ -35,7 +35,7 @@ def machines_of(words: Mapping[str, str]) -> Machines:
     if count == 1:
         if idle := {"machine-rank", "main-address"} & set(words):
             raise UsageError(f"--{min(idle)}: has no meaning on one machine; give --num-machines, too")
-        return ONE_MACHINE
+        return ONE_MACHINE if "num-machines" in words else None
     if rank >= count:
         raise UsageError(f"--machine-rank: given {rank}, expected 0 to {count - 1}: there are {count} machines")
     host, _, port = address.partition(":")

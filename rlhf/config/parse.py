@@ -65,7 +65,8 @@ class Invocation(Generic[Config]):
     config_file: Path | None
     launch: str
     nproc: int
-    machines: Machines
+    machines: Machines | None
+    """None: as the launch file has it."""
     dry_run: bool
     unit_test: bool
     as_json: bool
@@ -107,6 +108,8 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         argv = ["--model", *argv]
     words = _sort(stage, argv)
     nproc, machines = whole_number(words.own, "nproc", 1, 1), machines_of(words.own)
+    if "unit-test" in words.own and (nproc > 1 or machines):
+        raise UsageError("--unit-test: runs in one process; leave out --nproc and --num-machines")
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.order import chunks
 from rlhf.errors import DataError
 from rlhf.models.roles import RewardModel
 from rlhf.rollout.engines import Samples
@@ -30,18 +31,23 @@ RewardSource = Callable[[Samples, Sequence[str]], Tensor]
 
 
 def open_reward(
-    source: str, model: RewardModel | None, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int
+    source: str,
+    model: RewardModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    micro_batch_size: int,
+    most: Callable[[int], int] = lambda count: count,
 ) -> RewardSource:
+    """`most` gives the largest of a number over all ranks, which call a model that they divide equally often."""
     if model is not None:
-        return ModelReward(model, int(tokenizer.pad_token_id), micro_batch_size)  # pyright: ignore[reportArgumentType]
+        return ModelReward(model, int(tokenizer.pad_token_id), micro_batch_size, most)  # pyright: ignore[reportArgumentType]
     if source.startswith("count:"):
         return CountReward(source.removeprefix("count:"), tokenizer)
     return FunctionReward(source, tokenizer)
 
 
 class ModelReward:
-    def __init__(self, model: RewardModel, pad_id: int, micro_batch_size: int) -> None:
-        self.model, self.pad_id, self.micro_batch_size = model, pad_id, micro_batch_size
+    def __init__(self, model: RewardModel, pad_id: int, micro_batch_size: int, most: Callable[[int], int]) -> None:
+        self.model, self.pad_id, self.micro_batch_size, self.most = model, pad_id, micro_batch_size, most
 
     def __call__(self, samples: Samples, texts: Sequence[str]) -> Tensor:
         """Rows of like length are scored together."""
@@ -49,8 +55,9 @@ class ModelReward:
         tokens, mask, _ = reply_tensors(samples, self.pad_id)
         device = next(self.model.model.parameters()).device
         scores = torch.zeros(len(samples))
-        for start in range(0, len(order), self.micro_batch_size):
-            rows = order[start : start + self.micro_batch_size]
+        micro_batches = list(chunks(order, self.micro_batch_size))
+        for number in range(self.most(len(micro_batches))):
+            rows = micro_batches[min(number, len(micro_batches) - 1)]  # the last once more, to keep ranks in step
             longest = max(len(samples.responses[row]) for row in rows)
             prompts = [samples.prompts[row] for row in rows]
             batch = replace(reply_batch(prompts, tokens[rows, :longest], mask[rows, :longest], self.pad_id), keep=0)

@@ -19,7 +19,7 @@ from rlhf.rollout.rewards import RewardSource
 def score(
     samples: Samples,
     texts: Sequence[str],
-    micro_batches: Sequence[Sequence[int]],
+    micro_batches: Sequence[tuple[Sequence[int], float]],
     policy: nn.Module,
     reference: Reference | None,
     reward: RewardSource,
@@ -29,7 +29,8 @@ def score(
     """Recomputes log-probabilities and values with the forward of the update, row by row in the given micro-batches.
 
     They are recomputed because a decode with a KV cache is not bitwise a forward over the whole reply: only numbers from the
-    same micro-batches through the same forward make the first ratio of an update exactly 1.
+    same micro-batches through the same forward make the first ratio of an update exactly 1. A micro-batch of weight 0 is one
+    that only other ranks have: it is computed along with them.
     """
     tokens, mask, sampled = reply_tensors(samples, pad_id)
     device = next(policy.parameters()).device
@@ -44,15 +45,18 @@ def score(
         reference_logprobs=None if reference is None else _blank(policy, mask),
         scores=reward(samples, texts),
     )
-    for rows in micro_batches:
+    for rows, weight in micro_batches:
         part = experience.rows(rows)
         batch, target, real = part.batch(pad_id).to(device), part.tokens.to(device), part.mask.to(device)
         output = policy(batch)
+        thought = None if reference is None else reference.logprobs(batch, target, temperature)
+        if not weight:
+            continue
         _put(experience.logprobs, rows, zero_outside(token_logprobs(output.logits[:, :-1], target, temperature), real))
         _put(experience.values, rows, zero_outside(output.values[:, :-1], real))
-        if reference is not None:
+        if thought is not None:
             assert experience.reference_logprobs is not None
-            _put(experience.reference_logprobs, rows, zero_outside(reference.logprobs(batch, target, temperature), real))
+            _put(experience.reference_logprobs, rows, zero_outside(thought, real))
     return experience
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
-from rlhf.runs.launch import command, printable
+from rlhf.runs.launch import command, machines_of, printable
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
     """The dry run as data: {"stage", "config", "batches", "commands", "writes"}, a command for each machine. Neither models nor
     rows are opened."""
     config = invocation.config
-    machines = invocation.machines
+    machines = machines_of(invocation.launch, invocation.machines)
     how = invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
     commands = [command(*how, replace(machines, rank=rank)) for rank in range(machines.count)]
     _, env = commands[0]

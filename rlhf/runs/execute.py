@@ -30,29 +30,29 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     stage, config = invocation.stage, invocation.config
     log = sys.stderr if quiet else sys.stdout
     how = stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
-    argv, env = launch.command(*how, invocation.machines)
+    machines = launch.machines_of(invocation.launch, invocation.machines)
+    argv, env = launch.command(*how, machines)
     if invocation.unit_test:
         print(launch.printable(argv, env), file=sys.stderr, flush=True)
         return launch.run(argv, env, None)
     run = Path(config.output)
-    if invocation.machines.rank > 0:  # machine 0 keeps the books, and has the run's lock
-        if (status := read_status(run)) and status["state"] == "done":  # it starts nothing that could be joined
-            print(f"{stage}: done, kept: {run}", file=log, flush=True)
-            return 0
-        print(f"{stage}: joins {run} on {invocation.machines.address}", file=log)
-        print(launch.printable(argv, env), file=log, flush=True)
-        return launch.run(argv, env, None, stdout=STDERR if quiet else None)
+    keeps_books = machines.rank == 0  # lock and status are machine 0's; what is refused there is refused on all
     check_output(run)
-    check_unlocked(run)
+    if keeps_books:
+        check_unlocked(run)
     world_size, threads = int(env["RLHF_EXPECTED_WORLD_SIZE"]), int(env["OMP_NUM_THREADS"])
     state = state_of(run, stage, config, world_size, threads, invocation.allow_inexact_resume)
     if state == "done":
-        _say_done(run)
+        if keeps_books:
+            _say_done(run)
         print(f"{stage}: done, kept: {run}", file=log, flush=True)
         return 0
-    print(f"{stage}: {'going on with' if state == 'resume' else 'starting'} {run}", file=log)
+    beginning = "going on with" if state == "resume" else "starting"
+    print(f"{stage}: {beginning if keeps_books else 'joins'} {run}", file=log)
     print(launch.printable(argv, env), file=log, flush=True)
-    code = launch.run(argv, env, run, stdout=STDERR if quiet else None)
+    code = launch.run(argv, env, run if keeps_books else None, stdout=STDERR if quiet else None)
+    if not keeps_books:
+        return code
     status = read_status(run)
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)

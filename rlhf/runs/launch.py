@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf import paths
-from rlhf.config.machines import ONE_MACHINE, Machines
+from rlhf.config.machines import ONE_MACHINE, PORT, Machines
 from rlhf.errors import ConfigError, Locked, UsageError
 from rlhf.runs.lock import check_unlocked
 from rlhf.runs.manifest import STATUS, read_status, write_status
@@ -50,13 +50,36 @@ def command(
     file = _launch_file(launch)
     settings = _settings(file, nproc)
     processes = nproc if nproc > 1 else settings["num_processes"]
-    options = ["--config_file", str(file), "--num_processes", str(processes)]
+    options = ["--config_file", str(file), "--num_processes", str(processes), "--num_machines", str(machines.count)]
     if machines.count > 1:
-        options += ["--num_machines", str(machines.count), "--machine_rank", str(machines.rank)]
+        options += ["--machine_rank", str(machines.rank)]
         options += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
-    local = _share(processes, machines.count if machines.count > 1 else settings["num_machines"])
+    if deepspeed := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
+        options += ["--deepspeed_config_file", str(_deepspeed_file(file, deepspeed))]
+    local = _share(processes, machines.count)
     argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
     return argv, _environment(processes, local, threads)
+
+
+def machines_of(launch: str, asked: Machines | None) -> Machines:
+    """The machines of a run: those the command line names, or else those of the launch file.
+
+    Raises:
+        UsageError: the launch file has several machines and no address of the first.
+    """
+    if asked is not None or launch in ("auto", "cpu"):
+        return asked or ONE_MACHINE
+    file = _launch_file(launch)
+    settings = _settings(file, 1)
+    if settings["num_machines"] == 1:
+        return ONE_MACHINE
+    if not settings.get("main_process_ip"):
+        raise UsageError(
+            f"{file}: {settings['num_machines']} machines and no main_process_ip: set it and machine_rank there, "
+            "or give --num-machines, --machine-rank and --main-address"
+        )
+    place = settings.get("machine_rank") or 0, settings["main_process_ip"], settings.get("main_process_port") or PORT
+    return Machines(settings["num_machines"], *place)
 
 
 def printable(argv: list[str], env: dict[str, str]) -> str:
@@ -216,6 +239,15 @@ def _settings(file: Path, nproc: int) -> dict[str, Any]:
     if kind == "NO" and nproc > 1:
         raise UsageError(f"{file}: starts one process, --nproc asks for {nproc}; use --launch ddp")
     return {"num_processes": 1, "num_machines": 1} | settings
+
+
+def _deepspeed_file(launch_file: Path, named: str) -> Path:
+    """A DeepSpeed file as a launch file names it: from here, or one that is shipped."""
+    here, shipped = Path(named), paths.CONFIGS / Path(*Path(named).parts[1:])
+    found = next((file for file in (here, shipped) if file.is_file()), None)
+    if found is None:
+        raise UsageError(f"{launch_file}: deepspeed_config_file {named}: no such file, neither here nor among those shipped")
+    return found
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from pydantic import Field, model_validator
 from rlhf import paths
 from rlhf.config.fields import canonical, dotted
 from rlhf.config.load import find_config, load
-from rlhf.config.parse import Invocation, parse
+from rlhf.config.parse import FLAGS, Invocation, parse
 from rlhf.config.schema import STAGES, Section
 from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
@@ -26,6 +27,7 @@ from rlhf.runs.execute import check_output, execute
 from rlhf.runs.lock import run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
+OF_ALL_STAGES = ("launch", "nproc", "dry-run", "json")
 PLACES = ("world", "sft", "rm", "ppo")
 
 
@@ -118,17 +120,23 @@ def read(request: Request) -> tuple[Path, Pipeline]:
     for stage in request.overrides:
         if stage not in stages:
             raise ConfigError(f"--{stage}...: {file} has no stage {stage}; it has {', '.join(stages)}")
-        if "output" in request.overrides[stage]:
-            raise ConfigError(f"--{stage}.output: a stage writes into the pipeline's output; set that with --output")
-        for name in ("num-machines", "machine-rank", "main-address"):
-            if name in request.overrides[stage]:
-                raise ConfigError(f"--{stage}.{name}: a pipeline runs on one machine; start its stages one by one")
-        for name in ("launch", "nproc", "dry-run", "json"):
-            if name in request.overrides[stage]:
-                raise ConfigError(f"--{stage}.{name}: holds for all stages; write --{name}")
-        if "config" in request.overrides[stage]:
-            raise ConfigError(f"--{stage}.config: {file} says it; edit a copy of that file")
+        _refuse_own_flags(f"--{stage}.", request.overrides[stage], file)
+    for stage, flags in stages.items():
+        _refuse_own_flags(f"{file}: {stage}: ", {name: text for name, text in flags.items() if name != "config"}, file)
     return file, pipeline
+
+
+def _refuse_own_flags(where: str, flags: Mapping[str, str], file: Path) -> None:
+    """Raises ConfigError for a flag that a stage of a pipeline has no say in, with `-` or `_` in its name."""
+    given = {name.replace("_", "-") for name in flags}
+    if "output" in given:
+        raise ConfigError(f"{where}output: a stage writes into the pipeline's output; set that with --output")
+    if "config" in given:
+        raise ConfigError(f"{where}config: {file} says it; edit a copy of that file")
+    if for_all := given.intersection(OF_ALL_STAGES):
+        raise ConfigError(f"{where}{min(for_all)}: holds for all stages; give --{min(for_all)} to `rlhf run`")
+    if elsewhere := given.intersection(flag.name for flag in FLAGS if flag.launch):
+        raise ConfigError(f"{where}{min(elsewhere)}: a pipeline runs on one machine; start its stages one by one")
 
 
 def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline, request: Request) -> list[str]:

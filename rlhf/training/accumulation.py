@@ -21,13 +21,13 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
-def scoring_micro_batches(count: int, minibatch_size: int, size: int, rank: int, world_size: int) -> list[list[int]]:
-    """This rank's rows of an iteration of PPO, in the very micro-batches in which the first epoch takes them."""
-    return [micro for mini in chunks(range(count), minibatch_size) for micro in chunks(share(mini, rank, world_size), size)]
-
-
 def micro_batches(items: Sequence[Item], size: int, rank: int, world_size: int) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch; as many on every rank, since each forward may be a collective."""
     mine = [MicroBatch(chunk, 1.0) for chunk in chunks(share(items, rank, world_size), size)]
     count = math.ceil(math.ceil(len(items) / world_size) / size)
     return mine + [MicroBatch(list(items[:1]), 0.0)] * (count - len(mine))
+
+
+def scoring_micro_batches(count: int, minibatch_size: int, size: int, rank: int, world_size: int) -> list[MicroBatch]:
+    """This rank's rows of an iteration of PPO, in the very micro-batches in which the first epoch takes them."""
+    return [micro for mini in chunks(range(count), minibatch_size) for micro in micro_batches(mini, size, rank, world_size)]

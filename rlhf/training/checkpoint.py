@@ -120,6 +120,18 @@ def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def at(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, as another rank found it.
+
+    Raises:
+        DataError: here it does not verify.
+    """
+    directory = root / f"step-{step}"
+    if fault := verify(directory):
+        raise DataError(f"{directory}: rank 0 reads it and this rank does not ({fault}); is --output one and the same for all?")
+    return Checkpoint(directory, step)
+
+
 def verify(directory: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:

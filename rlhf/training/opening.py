@@ -1,59 +1,56 @@
-"""Opening a run: its directory, its lock, the process group; and whatever happens inside ends up in status.json."""
+"""Opening a run: its processes, its directory, its lock; and whatever happens inside ends up in status.json."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from rlhf.config.schema import Stage
-from rlhf.errors import ConfigError, OutOfMemory, OutputError, Preempted, RlhfError
+from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError
 from rlhf.report.console import Console
 from rlhf.runs.lineage import differences, fingerprint, inputs_of, state_of
 from rlhf.runs.lock import run_lock
 from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, versions, write_json, write_status
+from rlhf.training.preflight import all_reduce_speed
+from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes
 from rlhf.training.session import Training
 from rlhf.training.signals import StopRequest
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for another gives up. Rollouts and scoring stand outside every collective."""
 
 VISIBLE_WITHIN_SECONDS = 30
 """What one machine writes, another sees on NFS after its cache of attributes has aged: 3 to 30 s (nfs(5), acregmin)."""
 
-_PROCESS_GROUPS: list[object] = []
-"""Process groups of this process, held to its end. Freed as the last thing a DDP reducer holds, a gloo group joins its thread
-under the GIL that this thread may be waiting for, and neither ever ends (seen with torch 2.13)."""
-
 
 @contextmanager
 def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
-    """Opens the run directory and the process group; whatever happens inside ends up in status.json.
+    """Opens the processes and the run directory; whatever happens inside ends up in status.json.
 
     Raises:
-        SystemExit: the run is finished already (code 0), or rank 0 could not open it (its error's code).
-        OutOfMemory: in place of torch's error.
+        SystemExit: the run is finished already (code 0), or another rank could not open it (its error's code).
+        OutOfMemory, LostRank: in place of torch's error.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = _accelerator(config)
+    accelerator, engine = start_processes(config)
     with ExitStack() as stack:
         console = Console(stage, speak=accelerator.is_main_process)
         stack.callback(console.close)
         stop = StopRequest(config.max_hours)
         stack.callback(stop.restore)
-        train = Training(stage, config, accelerator, console, stop, allow_inexact_resume)
+        train = Training(stage, config, accelerator, engine, console, stop, allow_inexact_resume)
+        train.peers = train.gather(Peer.this(train.rank))
+        stop.end_at_once_if = lambda: lost(train.peers)
         _open_run(train, stack)
         try:
             _require_one_directory(train)
+            if train.world_size > 1:
+                train.note(all_reduce_speed(train.device, train.world_size))
             if config.report.trackers:
                 accelerator.init_trackers(stage)
             yield train
@@ -62,47 +59,90 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
             _record(train, OutOfMemory(f"out of memory: {error}; {advice}"))
             raise OutOfMemory(f"out of memory: {error}\n{advice}") from error
         except BaseException as error:
-            _record(train, error)
-            raise
+            cause = _lost_rank(train, error) or error
+            _record(train, cause)
+            if cause is error:
+                raise
+            raise cause from error
 
 
 def _open_run(train: Training, stack: ExitStack) -> None:
-    """Rank 0 locks the directory and writes run.json; the others go on, or end, as it does."""
-    ending: BaseException | None = None
-    if train.is_main:
-        try:
+    """Compares what ranks were given; then rank 0 locks the directory and writes run.json, and the others end as it does."""
+    with _ending_together(train):
+        manifest = _manifest(train)
+    _require_equal(train, fingerprint(manifest) | _versions(manifest))
+    with _ending_together(train):
+        if train.is_main:
             stack.enter_context(run_lock(train.run))
-            _write_manifest(train)
-        except (RlhfError, SystemExit) as error:
-            ending = error
-    codes = train.gather(None if ending is None else getattr(ending, "exit_code", 0))
+            _begin(train, manifest)
+
+
+@contextmanager
+def _ending_together(train: Training) -> Iterator[None]:
+    """What ends the run on one rank ends it on all; rank 0 says what another cannot be heard to say."""
+    ending: RlhfError | SystemExit | None = None
+    try:
+        yield
+    except (RlhfError, SystemExit) as error:
+        ending = error
+    told = None if ending is None else (getattr(ending, "exit_code", 0), str(ending))
+    endings = {rank: one for rank, one in enumerate(train.gather(told)) if one is not None}
     if ending is not None:
         raise ending
-    if codes[0] is not None:
-        raise SystemExit(codes[0])
+    if endings:
+        rank, (code, text) = next(iter(endings.items()))
+        if train.is_main:
+            print(f"rlhf: error: rank {rank}: {text}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+
+def _require_equal(train: Training, own: dict[str, Any]) -> None:
+    """Raises ConfigError where a rank has another config, other inputs, versions or threads than rank 0."""
+    first, *others = train.gather(own)
+    for rank, found in enumerate(others, start=1):
+        if changes := differences(first, found):
+            lines = "".join(f"\n  {change}" for change in changes)
+            error = ConfigError(f"rank {rank} was not started as rank 0 was (rank 0 -> rank {rank}):{lines}")
+            raise error if train.is_main else SystemExit(error.exit_code)
 
 
 def _require_one_directory(train: Training) -> None:
-    """Raises OutputError on every rank where one does not see what rank 0 wrote: checkpoints are read by all."""
-    written, deadline = train.run / MANIFEST, time.monotonic() + VISIBLE_WITHIN_SECONDS
-    while not written.exists() and time.monotonic() < deadline:
+    """Raises OutputError on every rank where one does not see what rank 0 writes: checkpoints are read by all."""
+    word = train.gather(secrets.token_hex(8))[0]
+    seen = train.run / f".seen-{word}"
+    if train.is_main:
+        seen.touch()
+    train.gather(None)
+    deadline = time.monotonic() + VISIBLE_WITHIN_SECONDS
+    while not os.path.exists(seen) and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [rank for rank, sees in enumerate(train.gather(written.exists())) if not sees]
+    blind = [rank for rank, sees in enumerate(train.gather(os.path.exists(seen))) if not sees]
+    if train.is_main:
+        seen.unlink()
     if blind:
         raise OutputError(
-            f"{train.run.absolute()}: rank {blind[0]} does not see there what rank 0 wrote; --output must be on a file system "
+            f"{train.run.absolute()}: rank {blind[0]} does not see there what rank 0 writes; --output must be on a file system "
             "that all machines share"
         )
 
 
-def _write_manifest(train: Training) -> None:
-    stage, config, threads = train.stage, train.config, torch.get_num_threads()
-    state = state_of(train.run, stage, config, train.world_size, threads, train.allow_inexact_resume)
+def _manifest(train: Training) -> dict[str, Any]:
+    """What this rank was given and reads. Nothing is written yet."""
+    config = train.config
+    inputs, resolved = inputs_of(train.stage, config), config.model_dump(mode="json")
+    threads, seed = torch.get_num_threads(), config.seed
+    return new_manifest(train.stage, resolved, sys.argv, seed, train.world_size, threads, inputs, versions())
+
+
+def _versions(manifest: dict[str, Any]) -> dict[str, str]:
+    return {f"versions.{name}": version for name, version in manifest["versions"].items()}
+
+
+def _begin(train: Training, manifest: dict[str, Any]) -> None:
+    state = state_of(train.run, train.stage, train.config, train.world_size, manifest["threads"], train.allow_inexact_resume)
     if state == "done":
         train.note(f"{train.run} is finished already")
         raise SystemExit(0)
-    resolved, inputs = config.model_dump(mode="json"), inputs_of(stage, config)
-    manifest = new_manifest(stage, resolved, sys.argv, config.seed, train.world_size, threads, inputs, versions())
     if state == "resume":
         before = read_json(train.run / MANIFEST)
         manifest["started"] = before["started"]
@@ -113,37 +153,25 @@ def _write_manifest(train: Training) -> None:
     write_status(train.run, "running")
 
 
+def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
+    """What torch says when a process that this one waits for is gone tells nobody which."""
+    if train.world_size == 1 or not isinstance(error, RuntimeError):
+        return None
+    advice = "run the same command again to go on from the last checkpoint"
+    if gone := lost(train.peers, GONE_WITHIN_SECONDS):
+        return LostRank(f"{gone}; {advice}")
+    if "timed out" in str(error).lower():
+        minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
+        return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone; {advice}")
+    return None
+
+
 def _record(train: Training, error: BaseException) -> None:
     """Writes why the run ended. The rank that fails first has the cause; what follows on other ranks is its echo."""
+    if not os.path.isdir(train.run):
+        return  # a rank that does not see it, and another one that says so
     status = read_status(train.run)
     if status is None or status["state"] == "running":
         state = "preempted" if isinstance(error, Preempted) else "failed"
         reason = str(error).split("\n")[0] or type(error).__name__
         write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
-
-
-def _accelerator(config: Stage) -> Accelerator:
-    precision = "bf16" if config.precision == "bf16" else "no"
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        raise ConfigError(
-            f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
-        )
-    # accelerate spells the option below as torch no longer likes it; a user can do nothing about it
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=list(config.report.trackers) or None,
-        project_dir=config.output,
-        kwargs_handlers=[
-            # Rotary tables are buffers and never change; broadcasting them would make every forward a collective.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-        ],
-    )
-    if torch.distributed.is_initialized():
-        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
-    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE") or accelerator.num_processes)
-    if accelerator.num_processes != expected:
-        raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
-    return accelerator

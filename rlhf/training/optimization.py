@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
 
-EXTRA_STATE = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EXTRA_STATE = ("step", *MOMENTS)
 """AdamW's state of one parameter."""
 
 
@@ -36,6 +37,21 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         foreach=True,
     )
+
+
+def skip_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """From now on steps pass over groups with a true `frozen`, weights, moments and step counts to the bit.
+
+    For whoever calls `step`: an engine may hand the optimizer tensors of its own.
+    """
+
+    def without_gradients(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        for group in stepping.param_groups:
+            if group["frozen"]:
+                for parameter in group["params"]:
+                    parameter.grad = None  # Adam skips it; a gradient of 0 would count as a step
+
+    optimizer.register_step_pre_hook(without_gradients)
 
 
 def schedule_factor(schedule: Schedule, before: float, after: float) -> float:

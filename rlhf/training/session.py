@@ -7,16 +7,17 @@ and a few counters, and a resumed run is equal to the bit.
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -33,8 +34,11 @@ from rlhf.report.stats import Stats
 from rlhf.runs.manifest import MANIFEST, finish, write_json
 from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches
+from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
-from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
+from rlhf.training.memory import memory_line, require_divided
+from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
+from rlhf.training.processes import Peer
 from rlhf.training.signals import StopRequest
 
 
@@ -52,11 +56,13 @@ class Training:
         stage: str,
         config: Stage,
         accelerator: Accelerator,
+        engine: Engine,
         console: Console,
         stop: StopRequest,
         allow_inexact_resume: bool = False,
     ) -> None:
-        self.stage, self.config, self.accelerator, self.console, self.stop = stage, config, accelerator, console, stop
+        self.stage, self.config, self.console, self.stop = stage, config, console, stop
+        self.accelerator, self.engine = accelerator, engine
         self.allow_inexact_resume = allow_inexact_resume
         self.run = Path(config.output)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
@@ -71,6 +77,7 @@ class Training:
         """Are given each step's metrics, on every rank."""
         self.diverted = False
         """Whether metrics go elsewhere for a while, so that trackers are not told."""
+        self.peers: list[Peer] = []
         self.step_done, self.tokens_done = 0, 0.0
         self._times: dict[str, float] = {}
 
@@ -86,26 +93,31 @@ class Training:
         Args:
             length: the run's length in the schedule's steps, or in tokens if that is its unit.
         """
-        self.schedule, self.length, self.max_grad_norm = schedule, length, optimizer.max_grad_norm
-        self.policy, self.optimizer = policy.to(self.device), open_optimizer(policy, optimizer)
-        self._resume()
-        self.model, self.prepared_optimizer = self.accelerator.prepare(self.policy, self.optimizer)
-        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
-        whole = sum(p.numel() for p in self.policy.parameters())
+        self.schedule, self.length, self.policy = schedule, length, policy.to(self.device)
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in policy.parameters())
+        memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
+        optimizer_state = self._resume()
+        self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
+        self.engine.restore_optimizer(optimizer_state)
+        skip_frozen(self.engine.optimizer)
         self.note(
-            f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}"
+            f"trains {trained:,} of {whole:,} weights on {self.world_size} x {self.device.type} in {self.config.precision}, "
+            f"{self.engine.name}; AdamW's state in {str(next(policy.parameters()).dtype).removeprefix('torch.')}"
         )
+        self.note(memory)
+        require_divided(self.engine, self.world_size)
         if in_fp8 := described(self.policy):
             self.note(in_fp8)
         return self.model
 
-    def prepare_frozen(self, model: nn.Module) -> None:
-        """Gives a frozen model the device and the precision of the trained one; nothing else is wrapped around it.
+    def prepare_frozen(self, model: nn.Module) -> Any:
+        """Gives a frozen model the device, the precision and the sharding of the trained one; call what comes back.
 
         Called before `prepare`, which restores what a checkpoint holds of it.
         """
-        self.accelerator.prepare_model(model, evaluation_mode=True)
         self.frozen.append(model)
+        return self.engine.prepare_frozen(model)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -118,8 +130,9 @@ class Training:
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
         """The plain module with whole weights, for a rollout."""
-        with self.accelerator.autocast():
-            yield self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast(), self.engine.gathered() as plain:
+            forget_weights(plain)
+            yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.manifest |= tokenizer_digests(tokenizer)
@@ -163,17 +176,16 @@ class Training:
     def accumulate(self, items: Sequence[Any], size: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches; gradients are exchanged with the last one only."""
         micros = micro_batches(items, size, self.rank, self.world_size)
-        for micro in micros[:-1]:
-            with self.accelerator.no_sync(self.model):
+        for number, micro in enumerate(micros, start=1):
+            with self.engine.accumulating(last=number == len(micros)):
                 yield micro
-        yield micros[-1]
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's part of a loss already divided by its global count.
 
         The engines average gradients over ranks; the loss is a sum over them, hence the factor.
         """
-        self.accelerator.backward(loss * self.world_size)
+        self.engine.backward(loss * self.world_size)
 
     def optimizer_step(self, tokens: float = 0.0, frozen_roles: Sequence[str] = ()) -> None:
         """One optimizer step. `tokens` advances a schedule counted in tokens; `frozen_roles` keep their weights to the bit.
@@ -185,27 +197,28 @@ class Training:
         self.tokens_done += tokens
         after = before + 1 / self.length if self.schedule.unit != "tokens" else self.progress()
         factor = schedule_factor(self.schedule, before, min(after, 1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        norm = float(norm) if norm is not None else 0.0
-        if norm != norm or norm == float("inf"):
+        groups = self.engine.optimizer.param_groups
+        for group in groups:
+            group["lr"], group["frozen"] = group["peak"] * factor, group["role"] in frozen_roles
+        norm = self.engine.step()
+        if not math.isfinite(norm):
             raise CheckFailed(f"step {self.step_done}: the gradient norm is {norm}; the weights were not touched")
-        for group in self.optimizer.param_groups:
-            if group["role"] in frozen_roles:
-                for parameter in group["params"]:
-                    parameter.grad = None  # Adam skips it; a gradient of 0 would count as a step
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad()
         forget_weights(self.policy)
         self.stats.add("optimizer/grad_norm", norm)
-        self.stats.put({"optimizer/lr": self.optimizer.param_groups[0]["lr"]})
+        self.stats.put({"optimizer/lr": groups[0]["lr"]})
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order."""
-        return gather_object([value]) if self.world_size > 1 else [value]
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def most(self, count: int) -> int:
+        """The largest of a number over all ranks."""
+        return max(self.gather(count))
 
     def _largest(self, values: Tensor) -> Tensor:
         """The largest of each number over all ranks."""
@@ -277,9 +290,9 @@ class Training:
 
     def save(self) -> None:
         """Commits a training checkpoint of the steps done so far."""
+        weights = ((name, self.engine.whole(p)) for name, p in self.policy.named_parameters() if p.requires_grad)
+        tensors = {"model": self._on_main(weights), "optimizer": self._on_main(self.engine.optimizer_tensors())}
         if self.is_main:
-            weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-            tensors = {"model": weights, "optimizer": optimizer_tensors(self.optimizer)}
             if in_fp8 := fp8_state(self.all_models()):
                 tensors["fp8"] = in_fp8
             own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
@@ -287,20 +300,33 @@ class Training:
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
+    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that all ranks put together, in the memory of rank 0's host."""
+        kept = {}
+        for name, tensor in tensors:
+            if self.is_main:
+                kept[name] = tensor.detach().cpu()
+        return kept
+
+    def consolidate(self) -> None:
+        """Training is over: whole weights go into the plain models of rank 0, whatever held them until now."""
+        self.engine.consolidate(keep=self.is_main)
+
     def all_models(self) -> nn.ModuleList:
         return nn.ModuleList([self.policy, *self.frozen])
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Tensor]:
+        """Restores all but the optimizer's state, which is returned: weights go in before the engine takes the model over."""
         root = self.run / "checkpoints"
         found = checkpoint.latest(root, self.note) if self.is_main else None
-        self.accelerator.wait_for_everyone()
-        if not self.is_main:
-            found = checkpoint.latest(root, self.note)
+        step = self.gather(found and found.step)[0]
+        if not self.is_main and step is not None:
+            found = checkpoint.at(root, step)
         if self.is_main:
             for records in (self.metrics, self.samples):
                 records.cut(found.step if found else -1)
         if found is None:
-            return
+            return {}
         weights, state = found.tensors("model"), found.state()
         trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         if set(weights) != set(trained):
@@ -308,7 +334,6 @@ class Training:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
-        restore_optimizer(self.optimizer, found.tensors("optimizer"))
         if fp8_state(self.all_models()):
             saved = found.tensors("fp8", optional=True)
             load_fp8_state(self.all_models(), saved, strict=not self.allow_inexact_resume)
@@ -319,6 +344,7 @@ class Training:
         for name, value in self.states.items():
             value.load_state_dict(state[name])
         self.note(f"goes on from {found.directory}, the newest checkpoint that verifies ({self.step_done} steps done)")
+        return found.tensors("optimizer")
 
     def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:
         """Marks the run done; `outputs` are what later stages read."""

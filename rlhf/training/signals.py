@@ -1,11 +1,17 @@
-"""Signals ask a run to stop at its next step boundary; a second one ends it at once."""
+"""Signals ask a run to stop at its next step boundary; a second one ends it at once.
+
+So does the first, if another process of the run is gone: then it is the launcher that ends the others, and no boundary comes.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+
+from rlhf.errors import LostRank
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
@@ -15,6 +21,8 @@ class StopRequest:
 
     def __init__(self, max_hours: float | None) -> None:
         self.number = 0
+        self.end_at_once_if: Callable[[], str] = lambda: ""
+        """Why nothing is left to be waited for, if so."""
         self.deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
         self.before = {number: signal.signal(number, self._handle) for number in HANDLED}
 
@@ -30,4 +38,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             os._exit(128 + number)
+        if why := self.end_at_once_if():
+            raise LostRank(f"{why}; run the same command again to go on from the last checkpoint")
         self.number = number

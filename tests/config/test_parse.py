@@ -111,6 +111,11 @@ def test_the_unit_test_has_a_config_of_its_own(tmp_path: Path, monkeypatch: pyte
     assert parse("ppo", ["--unit-test", "--config", str(other)]).config_file == other
 
 
+def test_the_unit_test_is_one_process() -> None:
+    with pytest.raises(UsageError, match="--unit-test: runs in one process"):
+        parse("ppo", ["--unit-test", "--nproc", "2"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -67,10 +67,34 @@ class TestCommand:
         file = str(paths.CONFIGS / "launch" / "ddp.yaml")
         assert argv[1:7] == ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "4"]
         assert env["RLHF_EXPECTED_WORLD_SIZE"] == "4"
-        (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\n")
-        argv, env = launch.command("sft", str(tmp_path / "own.yaml"), 1, [])
-        assert argv[5:7] == ["--num_processes", "8"]
+
+    def test_machines_are_those_of_the_command_line_or_else_of_the_file(self, tmp_path: Path) -> None:
+        own = tmp_path / "own.yaml"
+        own.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\nmachine_rank: 1\n")
+        with pytest.raises(UsageError, match="2 machines and no main_process_ip"):
+            launch.machines_of(str(own), None)
+        own.write_text(own.read_text() + "main_process_ip: node0\n")
+        machines = launch.machines_of(str(own), None)
+        assert machines == Machines(2, 1, "node0", 29500)
+        argv, env = launch.command("sft", str(own), 1, [], machines=machines)
+        place = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "node0", "--main_process_port", "29500"]
+        assert argv[5:-1] == ["--num_processes", "8", *place]
         assert env["OMP_NUM_THREADS"] == str(max(1, CORES // 4))
+        assert launch.machines_of(str(own), Machines()) == Machines()
+        assert launch.machines_of("ddp", None) == launch.machines_of("auto", None) == Machines()
+        argv, env = launch.command("sft", str(own), 1, [])
+        assert argv[5:-1] == ["--num_processes", "8", "--num_machines", "1"]
+
+    @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
+    def test_a_deepspeed_file_is_found_from_anywhere(self, name: str) -> None:
+        argv, _ = launch.command("sft", name, 2, [])
+        file = Path(argv[argv.index("--deepspeed_config_file") + 1])
+        assert json.loads(file.read_text())["zero_optimization"]["stage"] == int(name[4])
+
+    def test_a_deepspeed_file_that_is_nowhere(self) -> None:
+        Path("own.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds/mine.json}\n")
+        with pytest.raises(UsageError, match=r"own\.yaml: deepspeed_config_file ds/mine\.json: no such file"):
+            launch.command("sft", "own.yaml", 2, [])
 
     def test_several_machines(self) -> None:
         here = Machines(2, 1, "10.0.0.1", 4711)
@@ -112,7 +136,7 @@ class TestCommand:
             launch.command("sft", "own.yaml", nproc, [])
 
     def test_an_unknown_name_lists_the_known(self) -> None:
-        with pytest.raises(UsageError, match="there are auto, cpu, ddp, gpu"):
+        with pytest.raises(UsageError, match="there are auto, cpu, ddp, fsdp, gpu, multinode, zero1"):
             launch.command("sft", "tpu", 1, [])
 
     def test_the_printed_command_can_be_pasted(self) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +19,7 @@ import torch
 
 from rlhf.config.parse import parse
 from rlhf.errors import RlhfError
-from rlhf.paths import STAGES
+from rlhf.paths import CONFIGS, STAGES
 
 torch.set_num_threads(1)
 
@@ -54,8 +58,17 @@ def fork(body, *arguments, log: Path | None = None) -> int:
     os._exit(code)
 
 
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def wait(pid: int, seconds: float = 120) -> int:
+    """The exit code of a child. One that takes longer hangs, as ranks do that wait for each other, and is killed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            deadline = math.inf
+        time.sleep(0.01)
 
 
 def run(stage: str, arguments: list[str], log: Path | None = None, change=None) -> int:
@@ -76,21 +89,48 @@ def start(
     return fork(body, log=log)
 
 
-def start_on(processes: int, stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
-    """Starts a run in one process, or in several as torchrun would; returns their pids."""
+ENGINES = {
+    "ddp": {},
+    **{
+        f"zero{n}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / "deepspeed" / f"zero{n}.json"),
+        }
+        for n in (1, 2, 3)
+    },
+    "fsdp": {"ACCELERATE_USE_FSDP": "true"},
+}
+"""What `accelerate launch` sets for the launch file of that name."""
+
+
+def start_on(
+    processes: int, stage: str, arguments: list[str], log: Path, change=None, engine: str = "ddp", of_last: Sequence[str] = ()
+) -> list[int]:
+    """Starts a run in one process, or in several as a launcher would; returns their pids. The last may have its own flags."""
     if processes == 1:
         return [start(stage, arguments, log, change)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    ranks = map(str, range(processes))
-    return [start(stage, arguments, log, change, common | {"RANK": r, "LOCAL_RANK": r}) for r in ranks]
+    common |= ENGINES[engine]
+    others = {flag.split("=")[0] for flag in of_last}
+    own = [flag for flag in arguments if flag.split("=")[0] not in others] + list(of_last)
+    return [
+        start(
+            stage,
+            own if rank == processes - 1 else arguments,
+            log,
+            change,
+            common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
 
 
-def run_on_two(stage: str, arguments: list[str], log: Path, change=None) -> list[int]:
+def run_on_two(stage: str, arguments: list[str], log: Path, change=None, **more) -> list[int]:
     """Exit codes of a run in two processes."""
-    return [wait(pid) for pid in start_on(2, stage, arguments, log, change)]
+    return [wait(pid) for pid in start_on(2, stage, arguments, log, change, **more)]
 
 
 def metrics(output: Path) -> list[dict]:

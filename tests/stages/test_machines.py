@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 from harness import flags, run_on_two, start_on, wait
 from test_resume import left
 
+from rlhf.runs.manifest import read_status
 from rlhf.training import opening
 
 
@@ -30,25 +32,64 @@ def test_two_machines_leave_what_two_processes_leave(world, tmp_path):
     ]
     said = [machine.communicate(timeout=300)[0].decode() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    assert "joins" in said[0]
+    assert "sft: joins" in said[0]
     log = tmp_path / "log"
     assert run_on_two("sft", flags("sft", world, tmp_path / "one"), log) == [0, 0], log.read_text()
     assert left(tmp_path / "machines") == left(tmp_path / "one")
 
 
+def run_unlike(world, output, log, *of_last: str) -> list[int]:
+    """Two processes, the second with flags over those of the first."""
+    return [wait(pid) for pid in start_on(2, "sft", flags("sft", world, output), log, of_last=of_last)]
+
+
 def test_a_directory_that_one_machine_does_not_see(world, tmp_path, monkeypatch):
-    """Each rank writes to a disk of its own: the second does not find what the first wrote, and both say so."""
+    """The second has a directory of the same name on a disk of its own, with a run in it, even."""
     monkeypatch.setattr(opening, "VISIBLE_WITHIN_SECONDS", 0)
-    exists = Path.exists
+    log, other = tmp_path / "log", tmp_path / "other"
+    for _ in range(2):
+        codes = run_unlike(world, tmp_path / "run", log, f"--output={other}")
+        assert codes == [73, 73], log.read_text()
+        assert "rank 1 does not see there what rank 0 writes; --output must be on a file system that all" in log.read_text()
+        assert read_status(tmp_path / "run")["exit_code"] == 73
+        other.mkdir(exist_ok=True)
+        (other / "run.json").write_text("{}")
 
-    def unseen(path: Path, **rest: bool) -> bool:
-        return exists(path, **rest) and not (path.name == opening.MANIFEST and os.environ.get("RANK") == "1")
 
-    monkeypatch.setattr(Path, "exists", unseen)
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--optimizer.lr=0.5", "optimizer.lr: 0.001 -> 0.5"), ("--seed=7", "seed: 0 -> 7"), ("--threads=2", "threads: 1 -> 2")],
+)
+def test_processes_that_were_not_started_alike(world, tmp_path, flag, said):
     log = tmp_path / "log"
-    codes = [wait(pid) for pid in start_on(2, "sft", flags("sft", world, tmp_path / "run"), log)]
-    assert codes == [73, 73], log.read_text()
-    assert (
-        "rank 1 does not see there what rank 0 wrote; --output must be on a file system that all machines share"
-        in log.read_text()
-    )
+    assert run_unlike(world, tmp_path / "run", log, flag) == [78, 78], log.read_text()
+    assert log.read_text().count("rank 1 was not started as rank 0 was") == 1
+    assert said in log.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_on_the_second_machine(world, tmp_path):
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join((world / "sft.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    log = tmp_path / "log"
+    assert run_unlike(world, tmp_path / "run", log, f"--data={shorter}") == [78, 78], log.read_text()
+    assert "contents of data.train: " in log.read_text()
+    assert run_unlike(world, tmp_path / "run", log, "--data=nowhere.jsonl") == [65, 65]
+    assert "rank 1: data.train: no file nowhere.jsonl" in log.read_text()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_is_named(world, tmp_path, killed):
+    """Within 5 s, whatever the other is at. That the same command then goes on exactly, test_resume.py shows."""
+    log, output = tmp_path / "log", tmp_path / "run"
+    arguments = flags("sft", world, output, schedule__length=200, checkpoint__every=1)
+    pids = start_on(2, "sft", arguments, log)
+    while not list(output.glob("checkpoints/step-*")):
+        time.sleep(0.01)
+    os.kill(pids[killed], signal.SIGKILL)
+    since = time.monotonic()
+    assert wait(pids[killed]) == -signal.SIGKILL
+    assert wait(pids[1 - killed]) == 74, log.read_text()
+    assert time.monotonic() - since < 5
+    assert f"rank {killed} (pid {pids[killed]} on {socket.gethostname()}) is gone" in log.read_text()
+    assert f"rank {killed}" in read_status(output)["reason"]

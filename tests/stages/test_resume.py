@@ -20,9 +20,9 @@ def arguments(stage: str, world: Path, output: Path) -> list[str]:
     return flags(stage, world, output, schedule__length=8)
 
 
-def left(output: Path) -> dict[str, object]:
+def left(output: Path, steps: int = 8) -> dict[str, object]:
     """All that must be equal to the bit: metrics, samples, results, and the last training checkpoint."""
-    files = [path for part in ("model", "critic", "checkpoints/step-8") for path in sorted((output / part).glob("*"))]
+    files = [path for part in ("model", "critic", f"checkpoints/step-{steps}") for path in sorted((output / part).glob("*"))]
     contents = {str(path.relative_to(output)): path.read_bytes() for path in files}
     samples = (output / "samples.jsonl").read_text() if (output / "samples.jsonl").exists() else ""
     return contents | {"metrics": metrics(output), "samples": samples}

@@ -122,7 +122,7 @@ class _Snapshot:
 
     def __init__(self, train: Training) -> None:
         self.weights = {name: _on_host(p) for name, p in _trained(train)}
-        self.optimizer = {name: _on_host(tensor) for name, tensor in optimizer_tensors(train.optimizer).items()}
+        self.optimizer = {name: _on_host(tensor) for name, tensor in optimizer_tensors(train.engine.optimizer).items()}
         self.fp8 = {name: _on_host(tensor) for name, tensor in fp8_state(train.all_models()).items()}
         self.states = {name: copy.deepcopy(value.state_dict()) for name, value in train.states.items()}
         self.step_done, self.tokens_done, self.result = train.step_done, train.tokens_done, copy.deepcopy(train.result)
@@ -131,8 +131,8 @@ class _Snapshot:
     def restore(self, train: Training) -> None:
         for name, parameter in _trained(train):
             parameter.copy_(self.weights[name])
-        train.optimizer.state.clear()
-        restore_optimizer(train.optimizer, self.optimizer)
+        train.engine.optimizer.state.clear()
+        restore_optimizer(train.engine.optimizer, self.optimizer)
         load_fp8_state(train.all_models(), self.fp8)
         for name, value in train.states.items():
             value.load_state_dict(copy.deepcopy(self.states[name]))

@@ -1,0 +1,61 @@
+"""One process, or DDP: every rank holds everything, and gradients are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.training.engines import Named, OpenOptimizer
+from rlhf.training.optimization import optimizer_tensors, restore_optimizer
+
+
+class DataParallel:
+    divided: frozenset[str] = frozenset()
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.name = "ddp" if accelerator.num_processes > 1 else "one process"
+
+    def prepare(self, policy: nn.Module, open_optimizer: OpenOptimizer, max_grad_norm: float) -> nn.Module:
+        self.policy, self.optimizer, self.max_grad_norm = policy, open_optimizer(policy), max_grad_norm
+        self.model = self.accelerator.prepare(policy)
+        return self.model
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def step(self) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
+        if norm < float("inf"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return norm
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.policy)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def consolidate(self, keep: bool) -> None: ...
+
+    def optimizer_tensors(self) -> Named:
+        yield from optimizer_tensors(self.optimizer).items()
+
+    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        restore_optimizer(self.optimizer, tensors)
+
+    def held(self) -> tuple[int, int]:
+        return 0, 0

@@ -1,0 +1,122 @@
+"""The processes of a run: what the launcher started, which engine it asks for, and whether all are still there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from rlhf.config.schema import Stage
+from rlhf.errors import ConfigError
+from rlhf.training.engines import Engine
+from rlhf.training.engines.data_parallel import DataParallel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A rank that waits longer for another gives up. Rollouts stand outside every collective."""
+
+GONE_WITHIN_SECONDS = 2.0
+"""A collective may fail a moment before the process that it waited for can be seen to be gone."""
+
+DEEPSPEED, FSDP, ON_CPU = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU"
+"""What `accelerate launch` tells a script by."""
+
+_PROCESS_GROUPS: list[object] = []
+"""Process groups of this process, held to its end. Freed as the last thing a DDP reducer holds, a gloo group joins its thread
+under the GIL that this thread may be waiting for, and neither ever ends (seen with torch 2.13)."""
+
+
+def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
+    """Joins the other processes. Accelerate is told of plain ones only; the engine that the launch file names is opened here,
+    on a CPU as on GPUs.
+
+    Raises:
+        ConfigError: the launch file sets a precision, names an engine that is not installed or cannot do with this config, or
+            the launcher started another number of processes than was asked for.
+    """
+    precision = "bf16" if config.precision == "bf16" else "no"
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise ConfigError(
+            f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
+        )
+    deepspeed, fsdp = (os.environ.pop(name, "").lower() == "true" for name in (DEEPSPEED, FSDP))
+    if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        os.environ[ON_CPU] = "true"  # or each would think that it is alone
+    # accelerate spells the option below as torch no longer likes it; a user can do nothing about it
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=list(config.report.trackers) or None,
+        project_dir=config.output,
+        kwargs_handlers=[
+            # Rotary tables are buffers and never change; broadcasting them would make every forward a collective.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    if torch.distributed.is_initialized():
+        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
+    expected = int(os.environ.get("RLHF_EXPECTED_WORLD_SIZE") or accelerator.num_processes)
+    if accelerator.num_processes != expected:
+        raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
+    if not deepspeed and not fsdp:
+        return accelerator, DataParallel(accelerator)
+    if not torch.distributed.is_initialized():
+        raise ConfigError("the launch file asks for ZeRO or FSDP, and one process has nobody to divide with: give --nproc 2")
+    if config.fp8.recipe != "none" and config.fp8.probe.every:
+        raise ConfigError("fp8.probe.every must be 0 with ZeRO and FSDP: the probe puts weights back that each rank has whole")
+    if fsdp:
+        from rlhf.training.engines.fsdp import FullyShardedDataParallel
+
+        return accelerator, FullyShardedDataParallel(accelerator)
+    return accelerator, _zero(config, accelerator)
+
+
+def _zero(config: Stage, accelerator: Accelerator) -> Engine:
+    try:
+        from rlhf.training.engines.zero import Zero  # who does not ask for DeepSpeed need not have it
+    except ImportError as error:
+        raise ConfigError(f"the launch file asks for DeepSpeed: {error}; pip install 'rlhf[deepspeed]'") from error
+    if config.precision == "fp64":
+        raise ConfigError("precision fp64: DeepSpeed keeps its state in float32; use --launch ddp or fsdp")
+    settings: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
+    micro_batch_size: int = config.micro_batch_size  # pyright: ignore[reportAttributeAccessIssue]
+    return Zero(settings, accelerator.device, micro_batch_size, config.precision == "bf16")
+
+
+class Peer(NamedTuple):
+    rank: int
+    host: str
+    pid: int
+
+    @classmethod
+    def this(cls, rank: int) -> Peer:
+        return cls(rank, socket.gethostname(), os.getpid())
+
+
+def lost(peers: Sequence[Peer], seconds: float = 0.0) -> str:
+    """Names a process of this host that is gone, waiting so long for one to be; or an empty string."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for peer in peers:
+            if peer.host == socket.gethostname() and not _is_alive(peer.pid):
+                return f"rank {peer.rank} (pid {peer.pid} on {peer.host}) is gone"
+        if time.monotonic() >= deadline:
+            return ""
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
