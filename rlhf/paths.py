@@ -17,3 +17,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def shipped_or_own(named: str) -> Path | None:
+    """A file by its path from here or, where there is none, the shipped one of that name (`configs/...`); None: neither."""
+    here, shipped = Path(named), CONFIGS / Path(*Path(named).parts[1:])
+    return next((file for file in (here, shipped) if file.is_file()), None)

@@ -54,8 +54,9 @@ def command(
     if machines.count > 1:
         options += ["--machine_rank", str(machines.rank)]
         options += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
-    if deepspeed := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
-        options += ["--deepspeed_config_file", str(_deepspeed_file(file, deepspeed))]
+    deepspeed_file = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if deepspeed_file and paths.shipped_or_own(deepspeed_file) is None:
+        raise UsageError(f"{file}: deepspeed_config_file {deepspeed_file}: no such file, neither here nor among those shipped")
     local = _share(processes, machines.count)
     argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
     return argv, _environment(processes, local, threads)
@@ -239,15 +240,6 @@ def _settings(file: Path, nproc: int) -> dict[str, Any]:
     if kind == "NO" and nproc > 1:
         raise UsageError(f"{file}: starts one process, --nproc asks for {nproc}; use --launch ddp")
     return {"num_processes": 1, "num_machines": 1} | settings
-
-
-def _deepspeed_file(launch_file: Path, named: str) -> Path:
-    """A DeepSpeed file as a launch file names it: from here, or one that is shipped."""
-    here, shipped = Path(named), paths.CONFIGS / Path(*Path(named).parts[1:])
-    found = next((file for file in (here, shipped) if file.is_file()), None)
-    if found is None:
-        raise UsageError(f"{launch_file}: deepspeed_config_file {named}: no such file, neither here nor among those shipped")
-    return found
 
 
 def _free_port() -> int:

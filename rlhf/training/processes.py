@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 
 from rlhf.config.schema import Stage
 from rlhf.errors import ConfigError
+from rlhf.paths import shipped_or_own
 from rlhf.training.engines import Engine
 from rlhf.training.engines.data_parallel import DataParallel
 
@@ -26,6 +27,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 GONE_WITHIN_SECONDS = 2.0
 """A collective may fail a moment before the process that it waited for can be seen to be gone."""
 
+DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 DEEPSPEED, FSDP, ON_CPU = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU"
 """What `accelerate launch` tells a script by."""
 
@@ -49,8 +51,10 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
             f"the launch file asks for mixed precision {asked}, the config for {config.precision}; set it in the config only"
         )
     deepspeed, fsdp = (os.environ.pop(name, "").lower() == "true" for name in (DEEPSPEED, FSDP))
-    if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        os.environ[ON_CPU] = "true"  # or each would think that it is alone
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing else
+        if "LOCAL_RANK" in os.environ:
+            os.environ[ON_CPU] = "true"  # or each process would think that it is alone
     # accelerate spells the option below as torch no longer likes it; a user can do nothing about it
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
@@ -88,7 +92,13 @@ def _zero(config: Stage, accelerator: Accelerator) -> Engine:
         raise ConfigError(f"the launch file asks for DeepSpeed: {error}; pip install 'rlhf[deepspeed]'") from error
     if config.precision == "fp64":
         raise ConfigError("precision fp64: DeepSpeed keeps its state in float32; use --launch ddp or fsdp")
-    settings: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
+    named = os.environ.get(DEEPSPEED_FILE)
+    if named and (file := shipped_or_own(named)):
+        os.environ[DEEPSPEED_FILE] = str(file)
+    try:
+        settings: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
+    except ValueError as error:
+        raise ConfigError(f"the launch file's deepspeed_config: {error}") from error
     micro_batch_size: int = config.micro_batch_size  # pyright: ignore[reportAttributeAccessIssue]
     return Zero(settings, accelerator.device, micro_batch_size, config.precision == "bf16")
 

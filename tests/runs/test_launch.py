@@ -85,11 +85,13 @@ class TestCommand:
         argv, env = launch.command("sft", str(own), 1, [])
         assert argv[5:-1] == ["--num_processes", "8", "--num_machines", "1"]
 
-    @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
-    def test_a_deepspeed_file_is_found_from_anywhere(self, name: str) -> None:
-        argv, _ = launch.command("sft", name, 2, [])
-        file = Path(argv[argv.index("--deepspeed_config_file") + 1])
-        assert json.loads(file.read_text())["zero_optimization"]["stage"] == int(name[4])
+    def test_a_deepspeed_file_is_found_from_anywhere(self) -> None:
+        assert not Path("configs").exists()
+        for name in ("zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"):
+            launch.command("sft", name, 2, [])
+            settings = yaml.safe_load((LAUNCH_FILES / f"{name}.yaml").read_text())["deepspeed_config"]
+            file = paths.shipped_or_own(settings["deepspeed_config_file"])
+            assert json.loads(file.read_text())["zero_optimization"]["stage"] == int(name[4])
 
     def test_a_deepspeed_file_that_is_nowhere(self) -> None:
         Path("own.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds/mine.json}\n")

@@ -7,6 +7,7 @@ autocast, not DeepSpeed's bf16 optimizer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from rlhf.training.engines import Named, OpenOptimizer
 from rlhf.training.engines.hollow import consolidate, filled, hollow_copy
 from rlhf.training.optimization import MOMENTS
+
+# DeepSpeed 0.19 calls what torch 2.13 has renamed; a user can do nothing about it
+warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
 
 OURS = {
     "steps_per_print": float("inf"),
