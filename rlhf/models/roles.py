@@ -34,28 +34,30 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 @dataclass
 class Reference:
-    """The frozen policy the KL penalty is measured from."""
+    """The frozen policy the KL penalty is measured from: a model of its own, or a role of the trained policy's base."""
 
-    model: ActorCritic
+    model: nn.Module
+    role: str = "actor"
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, tokens: Tensor, temperature: float) -> Tensor:
         """(B, T) log-probabilities of `tokens`, the last T of each row; `batch.keep` must be T + 1."""
-        logits = self.model(batch, roles=("actor",)).logits
+        logits = self.model(batch, roles=(self.role,)).logits
         return token_logprobs(logits[:, :-1], tokens, temperature)
 
 
 @dataclass
 class RewardModel:
-    """A frozen scalar model, read at the last real token."""
+    """A frozen scalar model, read at the last real token: a model of its own, or a role of the trained policy's base."""
 
-    model: ActorCritic
+    model: nn.Module
+    role: str = "critic"
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
         """(B,) one score a row."""
         assert batch.attention_mask is not None
-        return read_last(self.model(batch, roles=("critic",)).values, batch.attention_mask)
+        return read_last(self.model(batch, roles=(self.role,)).values, batch.attention_mask)
 
 
 def read_last(values: Tensor, mask: Tensor) -> Tensor:
@@ -75,12 +77,27 @@ class Roles:
 
     @property
     def actor(self) -> nn.Module:
-        assert self.policy.actor is not None
-        return self.policy.actor
+        """As a model of its own, to be saved or looked into."""
+        actor = self.policy.part("actor")
+        assert actor is not None
+        return actor
 
     @property
     def critic(self) -> nn.Module:
         return critic_of(self.policy)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Models of frozen roles that are not in the policy."""
+        models = [role.model for role in (self.reference, self.reward) if role is not None]
+        return [model for model in models if self.policy not in model.modules()]
+
+    def prepared(self, policy: nn.Module) -> nn.Module:
+        """The policy as an engine wrapped it; frozen roles that are part of it go through the same forward from now on."""
+        for role in (self.reference, self.reward):
+            if role is not None and role.model is self.policy:
+                role.model = policy
+        return policy
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +120,7 @@ class Roles:
 
         Every rank takes the same prompts, so all have the same scales, and the actor those of its reference.
         """
-        frozen = [role.model for role in (self.reference, self.reward) if role is not None]
-        for model in (self.policy, *frozen):
+        for model in (self.policy, *self.frozen):
             if not uncalibrated(model):
                 continue
             with calibrating(model):
@@ -130,17 +146,21 @@ def open_rm(config: RmConfig) -> Roles:
 
 
 def open_ppo(config: PpoConfig) -> Roles:
-    loading, source = _loading(config), config.roles
+    loading, source, reward_source = _loading(config), config.roles, reward_model_of(config)
+    if source.mode == "adapters":
+        from rlhf.models.adapter_sources import open_adapters  # imports peft
+
+        policy = open_adapters(config, loading, reward_source)
+        roles = _roles_of_ppo(config, _with_fp8(policy, config))
+        roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
+        roles.reward = RewardModel(policy, "reward") if reward_source else None
+        return roles
     actor = _with_layers(load_actor(source.actor, loading), source.actor, config, scalar=False)
-    reward_source = reward_model_of(config)
     if source.mode == "shared":
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
     else:
         policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
-    roles = _roles(source.actor, policy)
-    for role, spec in (("reference", source.reference), ("critic", source.critic), ("reward model", reward_source)):
-        if spec not in (None, "zero"):
-            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
+    roles = _roles_of_ppo(config, policy)
     if config.kl.coef > 0:
         reference = freeze(ActorCritic(actor=_with_fp8(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
@@ -149,6 +169,16 @@ def open_ppo(config: PpoConfig) -> Roles:
         roles.reference = Reference(reference)
     if reward_source is not None:
         roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(load_scalar(reward_source, loading), config))))
+    return roles
+
+
+def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:
+    source = config.roles
+    roles = _roles(source.actor, policy)
+    others = ("reference", source.reference), ("critic", source.critic), ("reward model", reward_model_of(config))
+    for role, spec in others:
+        if spec not in (None, "zero"):
+            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
     return roles
 
 
