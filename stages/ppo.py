@@ -67,6 +67,8 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
     with open_training("ppo", config, allow_inexact_resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
         roles = open_ppo(config)
+        for note in roles.notes:
+            train.note(note)
         train.record_tokenizer(roles.tokenizer)
         pad_id = roles.pad_id
         for frozen in roles.frozen:

@@ -83,10 +83,10 @@ def scalar_values(model: nn.Module, batch: TokenBatch, head: nn.Module | None = 
         head: in place of the model's own.
     """
     model = unwrapped(model)
-    head = getattr(model, HEAD) if head is None else head
+    read: nn.Module = getattr(model, HEAD) if head is None else head  # pyright: ignore[reportAssignmentType]
     trunk = getattr(model, model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
     hidden = trunk(**_inputs(batch)).last_hidden_state[:, -batch.keep :]
-    return head(hidden).squeeze(-1)
+    return read(hidden).squeeze(-1)
 
 
 def value_head_for(actor: nn.Module) -> nn.Linear:

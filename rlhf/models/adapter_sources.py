@@ -50,7 +50,7 @@ def origin(spec: str, scalar: bool = False, role: Role = "model") -> Origin:
         return Origin(spec, base, directory, config)  # pyright: ignore[reportArgumentType]
     if scalar:
         raise DataError(
-            f"{spec}: a reward model with a trunk of its own, where roles.mode `adapters` needs an adapter on the actor's base. "
+            f"{spec}: has a trunk of its own; with roles.mode `adapters` a reward model is an adapter on the actor's base. "
             "Train it as one: `rlhf rm --model BASE --lora.rank N`"
         )
     return Origin(spec, f"{source.path}@{source.revision}" if source.revision else source.path, None, None)

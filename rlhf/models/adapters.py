@@ -1,8 +1,8 @@
 """All roles of PPO on one frozen base: its weights are in memory once, and a role is a LoRA adapter on it.
 
 PEFT keeps the adapters by name in the layers of one causal language model; the scalar heads stand beside it. The reference is
-the base with no adapter, or with the actor's as it started. Only one adapter is active at a time, and outside of a forward it is
-the actor's, so `policy.actor` is the actor here as everywhere.
+the base with no adapter, or with the actor's as it started. One adapter is active at a time, outside of a forward the actor's:
+`policy.actor` is the actor here as everywhere.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class RoleAdapter(nn.Module):
     def __init__(self, policy: AdaptedBase, role: str) -> None:
         super().__init__()
         self.base, self.role = policy.base, role
-        self.head = policy.heads[role] if role in policy.heads else None
+        self.head = dict(policy.heads.items()).get(role)
         self.peft_config = {role: policy.base.peft_config[role]}
 
     def get_base_model(self) -> nn.Module:

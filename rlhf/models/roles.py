@@ -6,7 +6,7 @@ A stage asks roles for log-probabilities, values and scores; whether two roles s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rlhf.fp8.state import calibrating, uncalibrated
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
+from rlhf.models.frozen import freeze_lower, share_lower
 from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
@@ -74,6 +75,8 @@ class Roles:
     generation: GenerationConfig
     reference: Reference | None = None
     reward: RewardModel | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of how roles share weights."""
 
     @property
     def actor(self) -> nn.Module:
@@ -151,7 +154,8 @@ def open_ppo(config: PpoConfig) -> Roles:
         from rlhf.models.adapter_sources import open_adapters  # imports peft
 
         policy = open_adapters(config, loading, reward_source)
-        roles = _roles_of_ppo(config, _with_fp8(policy, config))
+        _with_fp8(policy, config)
+        roles = _roles_of_ppo(config, policy)
         roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
         roles.reward = RewardModel(policy, "reward") if reward_source else None
         return roles
@@ -168,8 +172,26 @@ def open_ppo(config: PpoConfig) -> Roles:
         reference.requires_grad_(config.lora.rank == 0)
         roles.reference = Reference(reference)
     if reward_source is not None:
-        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(load_scalar(reward_source, loading), config))))
+        reward = load_scalar(reward_source, replace(loading, nf4=False))
+        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(reward, config))))
+    if config.frozen_layers:
+        roles.notes.append(_share_frozen_layers(roles, config.frozen_layers))
     return roles
+
+
+def _share_frozen_layers(roles: Roles, count: int) -> str:
+    """One lower part for the actor and all who have the same; returns who has it, in words."""
+    shared, own = ["actor"], []
+    others = {
+        "reference": roles.reference and roles.reference.model.actor,
+        "critic": roles.policy.critic,
+        "reward model": roles.reward and roles.reward.model.critic,
+    }
+    for name, model in others.items():
+        if isinstance(model, nn.Module):
+            (shared if share_lower(model, roles.actor, count) else own).append(name)
+    apart = f"; other weights, so a copy of their own: {', '.join(own)}" if own else ""
+    return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}"
 
 
 def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:
@@ -216,6 +238,7 @@ def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
 
 def _with_layers(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:
     """A model that is trained: with adapters where the config has them, its linear layers (or its adapters' base) in FP8."""
+    freeze_lower(model, config.frozen_layers)
     return _with_fp8(_with_lora(model, spec, config, scalar), config)
 
 
@@ -231,7 +254,10 @@ def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.M
         return model
     from rlhf.models.lora import add_lora  # peft costs five CPU seconds to import; only those who use it pay
 
-    if not lora.merge and (Path(local(source).path) / "adapter_config.json").exists():
+    is_adapter = (Path(local(source).path) / "adapter_config.json").exists()
+    if is_adapter and lora.base != "plain":
+        raise ConfigError(f"lora.base: {spec} is an adapter; merge it first (`rlhf convert {spec} DST --to hf`) and name that")
+    if is_adapter and not lora.merge:
         raise ConfigError(
             f"lora: {spec} is itself an adapter; a second one on top of it has no base on disk. "
             "Set lora.merge: true here, or in the stage that made it"
@@ -259,4 +285,5 @@ def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, s
 
 
 def _loading(config: Stage) -> Loading:
-    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed)
+    nf4 = config.lora.base == "nf4"
+    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed, nf4)

@@ -23,7 +23,8 @@ from rlhf.models.save import save_model
 from rlhf.training.tiny import write_tiny_model
 
 SIZES = {"vocab_size": 10, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+         "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 1,
+         "pad_token_id": 0}  # fmt: skip
 ROLES = ("actor", "critic", "reference", "reward")
 
 
@@ -57,18 +58,25 @@ def sources(tmp_path_factory) -> Path:
     return directory
 
 
-def opened(sources: Path, actor: str = "sft", reward: str = "rm", **more: object) -> Roles:
-    roles = {"actor": str(sources / actor), "mode": "adapters"} | {
-        k: v for k, v in more.items() if k in ("critic", "reference")
+def opened(
+    sources: Path,
+    actor: str = "sft",
+    reward: str = "rm",
+    critic: str | None = None,
+    precision: str = "fp64",
+    gradient_checkpointing: bool = False,
+    **lora: object,
+) -> Roles:
+    config = {
+        "output": "none",
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "roles": {"actor": str(sources / actor), "critic": critic, "mode": "adapters"},
+        "reward": {"source": str(sources / reward)},
+        "data": {"train": "none"},
+        "lora": {"rank": 2, **lora},
     }
-    lora = {"rank": 2} | {key: value for key, value in more.items() if key in ("targets", "dora", "base")}
-    rest = {key: value for key, value in more.items() if key in ("gradient_checkpointing", "kl", "precision")}
-    return open_ppo(
-        PpoConfig.model_validate(
-            {"output": "none", "precision": "fp64", "roles": roles, "lora": lora, "data": {"train": "none"},
-             "reward": {"source": reward if ":" in reward else str(sources / reward)}, **rest}
-        )
-    )  # fmt: skip
+    return open_ppo(PpoConfig.model_validate(config))
 
 
 def batch() -> TokenBatch:
