@@ -36,7 +36,7 @@ class Lora(Section):
     dora: bool = False
     """Train a magnitude for each output beside the factors (DoRA, Liu et al. 2024): a closer fit, slower steps."""
     base: Literal["plain", "nf4"] = "plain"
-    """nf4: the frozen base is held in 4 bits (QLoRA, Dettmers et al. 2023); needs the package bitsandbytes."""
+    """nf4: the frozen base, and PPO's reference, are held in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes."""
     merge: bool = False
     """Write the merged model as the stage's result instead of the adapter."""
 

@@ -8,6 +8,7 @@ has the frozen roles in it too.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ class ActorCritic(nn.Module):
     def part(self, role: str) -> nn.Module | None:
         """`actor` or `critic` as a model of its own, to be saved or looked into; None where it has no trunk of its own."""
         return self.actor if role == "actor" else self.critic
+
+    def active(self, role: str) -> AbstractContextManager[None]:
+        """In here the layers of `part(role)` compute that role."""
+        return nullcontext()
 
     def weights_of(self, role: str) -> dict[str, Tensor]:
         """All that the forward of a role reads."""

@@ -103,7 +103,7 @@ class RoleAdapter(nn.Module):
     def __init__(self, policy: AdaptedBase, role: str) -> None:
         super().__init__()
         self.base, self.role = policy.base, role
-        self.head = dict(policy.heads.items()).get(role)
+        self.score = dict(policy.heads.items()).get(role)
         self.peft_config = {role: policy.base.peft_config[role]}
 
     def get_base_model(self) -> nn.Module:
@@ -113,9 +113,9 @@ class RoleAdapter(nn.Module):
         directory.mkdir(parents=True)
         config: LoraConfig = copy.copy(self.peft_config[self.role])  # pyright: ignore[reportAssignmentType]
         tensors = get_peft_model_state_dict(self.base, adapter_name=self.role, save_embedding_layers=False)
-        if self.head is not None:
+        if self.score is not None:
             config.task_type, config.modules_to_save = TaskType.SEQ_CLS, [HEAD]
-            tensors |= {f"base_model.model.{HEAD}.{name}": tensor for name, tensor in self.head.state_dict().items()}
+            tensors |= {f"base_model.model.{HEAD}.{name}": tensor for name, tensor in self.score.state_dict().items()}
         config.base_model_name_or_path = str(self.get_base_model().config.name_or_path)  # pyright: ignore
         config.inference_mode = True
         config.save_pretrained(str(directory))

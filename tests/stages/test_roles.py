@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
-from harness import flags, metrics, run, run_on_two
+from harness import flags, fork, metrics, run, run_on_two, stage_module, wait
 from safetensors.torch import load_file
 from test_equivalence import fixed_rollouts, losses
 
+from rlhf.config.parse import parse
+from rlhf.errors import DataError
 from rlhf.models.load import Loading, load_actor, load_scalar
+from rlhf.training.session import Training
+from rlhf.training.unit_test import unit_test
 
 SHORT = {"schedule__length": 3, "checkpoint__every": 0, "data__eval": "null"}
 
@@ -45,7 +50,7 @@ def test_adapters_are_separate_models(dora, llamas, reward, tmp_path):
 
 @pytest.mark.parametrize("merge", ["false", "true"])
 def test_a_run_of_adapters(merge, llamas, reward, tmp_path):
-    """Sampled by the actor, resumed to the bit, saved so that the next stage opens it; frozen adapters are in no checkpoint."""
+    """Sampled by the actor, saved so that the next stage opens it; frozen adapters are in no checkpoint."""
     log = tmp_path / "log"
     sft = flags("sft", llamas, tmp_path / "sft", lora__rank=4, schedule__length=2, optimizer__lr=1e-2, data__eval="null")
     assert run("sft", sft, log) == 0, log.read_text()
@@ -67,6 +72,29 @@ def test_a_run_of_adapters(merge, llamas, reward, tmp_path):
     for now, start in ((actor, load_actor(str(tmp_path / "sft"), Loading())), (critic, load_scalar(str(reward), Loading()))):
         assert not torch.equal(now(ids).logits, start(ids).logits)
         assert torch.allclose(now(ids).logits, start(ids).logits, atol=1.0)
+
+
+def test_a_run_of_adapters_goes_on_to_the_same_bits(llamas, reward, tmp_path):
+    def stopped(_) -> None:
+        right = Training.report
+
+        def report(self, step, *more):
+            if step == 1:
+                raise DataError("stopped by the test")
+            return right(self, step, *more)
+
+        Training.report = report  # in the fork alone
+
+    log, left = tmp_path / "log", []
+    more = {"critic": "null", "reward": reward, "roles__mode": "adapters", "lora__rank": 2, "schedule__length": 3}
+    for name, change in (("whole", None), ("parts", stopped)):
+        arguments = flags("ppo", llamas, tmp_path / name, **more)
+        if change is not None:
+            assert run("ppo", arguments, log, change) == 65
+        assert run("ppo", arguments, log) == 0, log.read_text()
+        weights = [(tmp_path / name / part / "adapter_model.safetensors").read_bytes() for part in ("model", "critic")]
+        left.append((metrics(tmp_path / name), weights))
+    assert left[0] == left[1]
 
 
 def test_adapters_in_two_processes(llamas, reward, tmp_path):
@@ -101,3 +129,27 @@ def test_frozen_layers_stay_as_they_are(stage, world, tmp_path):
 def test_more_frozen_layers_than_there_are(world, tmp_path):
     assert run("sft", flags("sft", world, tmp_path / "out", frozen_layers=3), tmp_path / "log") == 65
     assert "frozen_layers 3: the model has 2 transformer layers" in (tmp_path / "log").read_text()
+
+
+def test_the_unit_test_of_adapters(tmp_path):
+    """Its probes compute log-probs and values by plain transformers, and look whether what is frozen has changed."""
+
+    def body() -> None:
+        invocation = parse("ppo", ["--unit-test", "--roles.mode=adapters", "--lora.rank=2", "--critic=zero"])
+        unit_test(invocation.config, stage_module("ppo").ppo, as_json=True, learn=False)
+
+    assert wait(fork(body, log=tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    for name in ("plain values", "frozen reference", "KL at step 0"):
+        assert f'"name": "{name}"' in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("mode", ["separate", "adapters"])
+def test_a_run_on_four_bits(mode, llamas, tmp_path):
+    log = tmp_path / "log"
+    more = {"critic": "zero", "roles__mode": mode, "lora__rank": 2, "lora__base": "nf4", "lora__merge": "true", **SHORT}
+    assert run("ppo", flags("ppo", llamas, tmp_path / "ppo", **more), log) == 0, log.read_text()
+    merged, start = (load_actor(str(place), Loading()) for place in (tmp_path / "ppo", llamas / "model"))
+    moved = merged.model.layers[0].mlp.up_proj.weight - start.model.layers[0].mlp.up_proj.weight
+    strengths = torch.linalg.svdvals(moved)
+    assert strengths[1] > 100 * strengths[2]  # of the adapter's rank: rounding to four bits would have every rank
