@@ -67,10 +67,12 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
     with open_training("ppo", config, allow_inexact_resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
         roles = open_ppo(config)
+        for note in roles.notes:
+            train.note(note)
         train.record_tokenizer(roles.tokenizer)
         pad_id = roles.pad_id
-        for frozen in filter(None, (roles.reference, roles.reward)):
-            frozen.model = train.prepare_frozen(frozen.model)
+        for frozen in roles.frozen:
+            roles.prepared(frozen, train.prepare_frozen(frozen))
         reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
@@ -89,6 +91,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
+        roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
         engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size)
         engine.sync(policy, version=train.step_done)

@@ -84,6 +84,9 @@ class Stage(Section):
     """CPU threads of each process; 0: OMP_NUM_THREADS where it is set, else the cores shared out evenly."""
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
+    frozen_layers: Annotated[int, Field(ge=0)] = 0
+    """Transformer layers at the bottom that are not trained, and with them the embeddings (and so an LM head that is tied to
+    them); PPO keeps those once in memory for all roles that have the same ones. 0: everything is trained."""
     lora: Lora = Lora()
     fp8: TrainingFp8 = TrainingFp8()
     checkpoint: Checkpoint = Checkpoint()
@@ -93,6 +96,17 @@ class Stage(Section):
     def _precise_or_fast(self) -> Stage:
         if self.fp8.recipe != "none" and self.precision == "fp64":
             raise ValueError("fp8.recipe must be `none` with precision `fp64`: that is for tests of equality")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_frozen(self) -> Stage:
+        if self.lora.rank and self.frozen_layers:
+            raise ValueError("frozen_layers must be 0 with lora.rank > 0: beneath LoRA every layer is frozen already")
+        for field in ("dora", "base"):
+            if not self.lora.rank and getattr(self.lora, field) != Lora.model_fields[field].default:
+                raise ValueError(f"lora.{field} has no meaning with lora.rank 0, which trains all weights: set lora.rank")
+        if self.lora.base != "plain" and self.fp8.recipe != "none":
+            raise ValueError("fp8.recipe must be `none` with lora.base `nf4`: a weight is held in one format")
         return self
 
 
@@ -147,8 +161,9 @@ class Roles(Section):
     critic: Place | None = None
     """A reward model to start the critic from, head included; `zero`: the actor's trunk with a zero head; none: the reward
     model if it is one, else `zero`."""
-    mode: Literal["separate", "shared"] = "separate"
-    """separate: actor and critic have a trunk each; shared: two heads on one trunk, the value head starts at zero."""
+    mode: Literal["separate", "shared", "adapters"] = "separate"
+    """separate: actor and critic have a trunk each; shared: two heads on one trunk, the value head starts at zero; adapters:
+    all roles are LoRA adapters on one frozen base, which is in memory once (docs/ppo.md)."""
 
 
 class Reward(Section):
@@ -259,6 +274,12 @@ class PpoConfig(Stage):
             raise ValueError("lora.dropout must be 0 in PPO: the ratio of the first minibatch has to be exactly 1")
         if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):
             raise ValueError("roles.critic must be `zero` (or absent) with roles.mode `shared`: the value head starts at zero")
+        if self.roles.mode == "shared" and self.lora.base != "plain":
+            raise ValueError("lora.base must be `plain` with roles.mode `shared`: its critic is saved with the base's weights")
+        if self.roles.mode == "adapters" and not self.lora.rank:
+            raise ValueError(
+                "lora.rank must be more than 0 with roles.mode `adapters`: the actor and the critic are LoRA adapters"
+            )
         return self
 
 

@@ -33,6 +33,10 @@ class Lora(Section):
     """Dropout on the input of the factors, a probability. PPO needs 0: its ratio must start at exactly 1."""
     targets: str = "all-linear"
     """Which linear layers get factors: `all-linear`, or layer name endings separated by commas (`q_proj,v_proj`)."""
+    dora: bool = False
+    """Train a magnitude for each output beside the factors (DoRA, Liu et al. 2024): a closer fit, slower steps."""
+    base: Literal["plain", "nf4"] = "plain"
+    """nf4: the frozen base, and PPO's reference, are held in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes."""
     merge: bool = False
     """Write the merged model as the stage's result instead of the adapter."""
 

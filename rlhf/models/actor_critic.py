@@ -2,11 +2,13 @@
 
 DDP, ZeRO and FSDP hook the forward of the module they wrap and nothing else, so `ActorCritic.forward` is the only way in. SFT
 trains one with an actor alone, the reward model stage one with a critic alone (a reward model and a critic are one class, read
-at different positions), PPO one with both, on separate trunks or on a shared one.
+at different positions), PPO one with both: on separate trunks, on a shared one, or as adapters on one base (adapters.py), which
+has the frozen roles in it too.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -43,10 +45,22 @@ class ActorCritic(nn.Module):
             logits, values = self._shared(batch)
         else:
             if "actor" in roles and self.actor is not None:
-                logits = self.actor(**_inputs(batch), logits_to_keep=batch.keep).logits
+                logits = actor_logits(self.actor, batch)
             if "critic" in roles and self.critic is not None:
                 values = scalar_values(self.critic, batch)
         return Output(logits, values)
+
+    def part(self, role: str) -> nn.Module | None:
+        """`actor` or `critic` as a model of its own, to be saved or looked into; None where it has no trunk of its own."""
+        return self.actor if role == "actor" else self.critic
+
+    def active(self, role: str) -> AbstractContextManager[None]:
+        """In here the layers of `part(role)` compute that role."""
+        return nullcontext()
+
+    def weights_of(self, role: str) -> dict[str, Tensor]:
+        """All that the forward of a role reads."""
+        return self.state_dict()
 
     def _shared(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         assert self.actor is not None
@@ -56,12 +70,28 @@ class ActorCritic(nn.Module):
         return output.logits, self.value_head(hidden).squeeze(-1)
 
 
-def scalar_values(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """(B, K): the scalar head at every kept position, not only at the last as transformers' own forward has it."""
+def role_of(parameter: str) -> str:
+    """Whose a parameter of a policy is, by its name: `actor` or `critic` (a shared trunk's value head is the critic's)."""
+    parts = parameter.split(".")
+    return "actor" if parts[0] == "actor" and "critic" not in parts else "critic"  # adapters share the actor's layers
+
+
+def actor_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """(B, K, V)"""
+    return model(**_inputs(batch), logits_to_keep=batch.keep).logits
+
+
+def scalar_values(model: nn.Module, batch: TokenBatch, head: nn.Module | None = None) -> Tensor:
+    """(B, K): the scalar head at every kept position, not only at the last as transformers' own forward has it.
+
+    Args:
+        head: in place of the model's own.
+    """
     model = unwrapped(model)
+    read: nn.Module = getattr(model, HEAD) if head is None else head  # pyright: ignore[reportAssignmentType]
     trunk = getattr(model, model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
     hidden = trunk(**_inputs(batch)).last_hidden_state[:, -batch.keep :]
-    return getattr(model, HEAD)(hidden).squeeze(-1)
+    return read(hidden).squeeze(-1)
 
 
 def value_head_for(actor: nn.Module) -> nn.Linear:

@@ -6,8 +6,9 @@ of them, in every stage: PPO's ratio needs it, and one rule is easier to reason 
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.models import gguf, megatron
 from rlhf.models.heads import HEAD, initialise_head
 from rlhf.models.source import Source, resolve
@@ -44,6 +46,8 @@ class Loading:
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
     seed: int = 0
+    nf4: bool = False
+    """Linear layers of a plain model in 4 bits, to be the frozen base of adapters."""
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -145,7 +149,7 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
         scalar = "num_labels" in changes
         open_base = partial(load_scalar, new_head=True) if scalar else load_actor
         try:
-            return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, loading))
+            return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, replace(loading, nf4=False)))
         except SafetensorError as error:
             raise DataError(_corrupt(adapter.parent, error)) from error
     try:
@@ -157,11 +161,24 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             dtype=loading.dtype,
             attn_implementation=loading.attention,
             output_loading_info=True,
+            **({"quantization_config": _four_bits(loading)} if loading.nf4 else {}),
         )
     except SafetensorError as error:
         raise DataError(_corrupt(Path(source.path), error)) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+
+
+def _four_bits(loading: Loading) -> BitsAndBytesConfig:
+    """As in QLoRA (Dettmers et al. 2023): NF4, and the scales themselves quantised."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("lora.base: `nf4` needs the package bitsandbytes: pip install 'rlhf[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=loading.dtype,
+    )
 
 
 def _corrupt(directory: Path, error: SafetensorError) -> str:

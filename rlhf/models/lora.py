@@ -8,7 +8,8 @@ stage that would produce one is refused unless it merges too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,36 @@ BASE = "base.json"
 
 
 def add_lora(model: PreTrainedModel, base: Source, lora: Lora, scalar: bool, seed: int) -> nn.Module:
-    """Wraps a model with fresh factors (A drawn from the seed, B = 0, so it starts as its base).
+    """Wraps a model with fresh factors (A drawn from the seed, B = 0, so it starts as its base)."""
+    config = peft_config(lora, scalar, base.revision)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        model.enable_input_require_grads()
+    with drawing(model, lora, scalar, seed):
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
-    A scalar head stays fully trained.
-    """
-    targets = lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")]
-    config = LoraConfig(
+
+def peft_config(lora: Lora, scalar: bool, revision: str | None) -> LoraConfig:
+    """Of fresh factors; a scalar head stays fully trained."""
+    return LoraConfig(
         task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        use_dora=lora.dora,
+        target_modules=lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")],
         modules_to_save=[HEAD] if scalar else None,
         exclude_modules=[HEAD] if scalar else None,
-        revision=base.revision,
+        revision=revision,
     )
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.enable_input_require_grads()
+
+
+@contextmanager
+def drawing(model: nn.Module, lora: Lora, scalar: bool, seed: int) -> Iterator[None]:
+    """Fresh factors are drawn in here, from the seed alone; targets that are not in the model are the user's mistake."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "lora", scalar))
-            return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+            yield
     except ValueError as error:
         raise DataError(f"lora.targets {lora.targets!r} does not fit {type(model).__name__}: {error}") from error
 
@@ -61,6 +71,18 @@ def merged_adapter(
     Raises:
         DataError: the adapter names no base, its base has changed, or it is a reward model's and a policy was asked for.
     """
+    config, base = opened_config(directory, scalar)
+    merged = PeftModel.from_pretrained(open_base(base), directory).merge_and_unload()  # pyright: ignore
+    own_head = scalar and config.task_type == TaskType.SEQ_CLS
+    return merged, {"missing_keys": {f"{HEAD}.weight"} if scalar and not own_head else set(), "unexpected_keys": set()}
+
+
+def opened_config(directory: Path, scalar: bool) -> tuple[PeftConfig, str]:
+    """What an adapter directory says of its adapter, and its base: a model source, proven to be as it was.
+
+    Raises:
+        DataError: the adapter names no base, its base has changed, or it is a reward model's and a policy was asked for.
+    """
     config = PeftConfig.from_pretrained(str(directory))
     base = config.base_model_name_or_path
     if base is None:
@@ -68,10 +90,7 @@ def merged_adapter(
     if not scalar and config.task_type == TaskType.SEQ_CLS:
         raise DataError(f"{directory}: an adapter with a scalar head: this is a reward model, not a policy")
     _check_base(directory, base)
-    base = f"{base}@{config.revision}" if config.revision else base
-    merged = PeftModel.from_pretrained(open_base(base), directory).merge_and_unload()  # pyright: ignore
-    own_head = scalar and config.task_type == TaskType.SEQ_CLS
-    return merged, {"missing_keys": {f"{HEAD}.weight"} if scalar and not own_head else set(), "unexpected_keys": set()}
+    return config, f"{base}@{config.revision}" if config.revision else base
 
 
 def folded_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -81,10 +100,21 @@ def folded_weights(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         module, found, leaf = name.partition(".base_layer.")
         if found and leaf == "weight":
-            tensor = tensor + adapted[module].get_delta_weight("default")  # pyright: ignore[reportCallIssue]
+            tensor = _folded(adapted[module], tensor)
         if ".lora_" not in name:
             weights[f"{module}.{leaf}" if found else name] = tensor
     return weights
+
+
+def _folded(layer: Any, weight: Tensor) -> Tensor:
+    """As PEFT merges: W + BA, in DoRA scaled to the trained magnitudes (Liu et al. 2024, arXiv:2402.09353, equation 5)."""
+    delta = layer.get_delta_weight("default")
+    if "default" not in layer.lora_magnitude_vector:
+        return weight + delta
+    magnitude = layer.lora_magnitude_vector["default"]
+    out_first = (lambda matrix: matrix.T) if layer.fan_in_fan_out else (lambda matrix: matrix)
+    norm = out_first(weight + delta).norm(dim=1)
+    return out_first((magnitude.weight / norm)[:, None] * out_first(weight + delta))
 
 
 def write_base(directory: Path, base: str) -> None:

@@ -6,7 +6,7 @@ A stage asks roles for log-probabilities, values and scores; whether two roles s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rlhf.fp8.state import calibrating, uncalibrated
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
+from rlhf.models.frozen import freeze_lower, share_lower
 from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
@@ -34,28 +35,30 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
 @dataclass
 class Reference:
-    """The frozen policy the KL penalty is measured from."""
+    """The frozen policy the KL penalty is measured from: a model of its own, or a role of the trained policy's base."""
 
-    model: ActorCritic
+    model: nn.Module
+    role: str = "actor"
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, tokens: Tensor, temperature: float) -> Tensor:
         """(B, T) log-probabilities of `tokens`, the last T of each row; `batch.keep` must be T + 1."""
-        logits = self.model(batch, roles=("actor",)).logits
+        logits = self.model(batch, roles=(self.role,)).logits
         return token_logprobs(logits[:, :-1], tokens, temperature)
 
 
 @dataclass
 class RewardModel:
-    """A frozen scalar model, read at the last real token."""
+    """A frozen scalar model, read at the last real token: a model of its own, or a role of the trained policy's base."""
 
-    model: ActorCritic
+    model: nn.Module
+    role: str = "critic"
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
         """(B,) one score a row."""
         assert batch.attention_mask is not None
-        return read_last(self.model(batch, roles=("critic",)).values, batch.attention_mask)
+        return read_last(self.model(batch, roles=(self.role,)).values, batch.attention_mask)
 
 
 def read_last(values: Tensor, mask: Tensor) -> Tensor:
@@ -72,15 +75,31 @@ class Roles:
     generation: GenerationConfig
     reference: Reference | None = None
     reward: RewardModel | None = None
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of how roles share weights."""
 
     @property
     def actor(self) -> nn.Module:
-        assert self.policy.actor is not None
-        return self.policy.actor
+        """As a model of its own, to be saved or looked into."""
+        actor = self.policy.part("actor")
+        assert actor is not None
+        return actor
 
     @property
     def critic(self) -> nn.Module:
         return critic_of(self.policy)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Models of frozen roles that are not in the policy."""
+        models = [role.model for role in (self.reference, self.reward) if role is not None]
+        return [model for model in models if self.policy not in model.modules()]
+
+    def prepared(self, model: nn.Module, wrapped: nn.Module) -> None:
+        """What an engine made of a model: the frozen roles that it is are computed through it from now on."""
+        for role in (self.reference, self.reward):
+            if role is not None and role.model is model:
+                role.model = wrapped
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +122,7 @@ class Roles:
 
         Every rank takes the same prompts, so all have the same scales, and the actor those of its reference.
         """
-        frozen = [role.model for role in (self.reference, self.reward) if role is not None]
-        for model in (self.policy, *frozen):
+        for model in (self.policy, *self.frozen):
             if not uncalibrated(model):
                 continue
             with calibrating(model):
@@ -130,17 +148,22 @@ def open_rm(config: RmConfig) -> Roles:
 
 
 def open_ppo(config: PpoConfig) -> Roles:
-    loading, source = _loading(config), config.roles
+    loading, source, reward_source = _loading(config), config.roles, reward_model_of(config)
+    if source.mode == "adapters":
+        from rlhf.models.adapter_sources import open_adapters  # imports peft
+
+        policy = open_adapters(config, loading, reward_source)
+        _with_fp8(policy, config)
+        roles = _roles_of_ppo(config, policy)
+        roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
+        roles.reward = RewardModel(policy, "reward") if reward_source else None
+        return roles
     actor = _with_layers(load_actor(source.actor, loading), source.actor, config, scalar=False)
-    reward_source = reward_model_of(config)
     if source.mode == "shared":
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
     else:
         policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
-    roles = _roles(source.actor, policy)
-    for role, spec in (("reference", source.reference), ("critic", source.critic), ("reward model", reward_source)):
-        if spec not in (None, "zero"):
-            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
+    roles = _roles_of_ppo(config, policy)
     if config.kl.coef > 0:
         reference = freeze(ActorCritic(actor=_with_fp8(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
@@ -148,7 +171,35 @@ def open_ppo(config: PpoConfig) -> Roles:
         reference.requires_grad_(config.lora.rank == 0)
         roles.reference = Reference(reference)
     if reward_source is not None:
-        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(load_scalar(reward_source, loading), config))))
+        reward = load_scalar(reward_source, replace(loading, nf4=False))
+        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(reward, config))))
+    if config.frozen_layers:
+        roles.notes.append(_share_frozen_layers(roles, config.frozen_layers))
+    return roles
+
+
+def _share_frozen_layers(roles: Roles, count: int) -> str:
+    """One lower part for the actor and all who have the same; returns who has it, in words."""
+    shared, own = ["actor"], []
+    others = {
+        "reference": roles.reference and roles.reference.model.actor,
+        "critic": roles.policy.critic,
+        "reward model": roles.reward and roles.reward.model.critic,
+    }
+    for name, model in others.items():
+        if isinstance(model, nn.Module):
+            (shared if share_lower(model, roles.actor, count) else own).append(name)
+    apart = f"; other weights, so a copy of their own: {', '.join(own)}" if own else ""
+    return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}"
+
+
+def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:
+    source = config.roles
+    roles = _roles(source.actor, policy)
+    others = ("reference", source.reference), ("critic", source.critic), ("reward model", reward_model_of(config))
+    for role, spec in others:
+        if spec not in (None, "zero"):
+            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
     return roles
 
 
@@ -186,6 +237,7 @@ def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
 
 def _with_layers(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:
     """A model that is trained: with adapters where the config has them, its linear layers (or its adapters' base) in FP8."""
+    freeze_lower(model, config.frozen_layers)
     return _with_fp8(_with_lora(model, spec, config, scalar), config)
 
 
@@ -201,7 +253,10 @@ def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.M
         return model
     from rlhf.models.lora import add_lora  # peft costs five CPU seconds to import; only those who use it pay
 
-    if not lora.merge and (Path(local(source).path) / "adapter_config.json").exists():
+    is_adapter = (Path(local(source).path) / "adapter_config.json").exists()
+    if is_adapter and lora.base != "plain":
+        raise ConfigError(f"lora.base: {spec} is an adapter; merge it first (`rlhf convert {spec} DST --to hf`) and name that")
+    if is_adapter and not lora.merge:
         raise ConfigError(
             f"lora: {spec} is itself an adapter; a second one on top of it has no base on disk. "
             "Set lora.merge: true here, or in the stage that made it"
@@ -229,4 +284,5 @@ def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, s
 
 
 def _loading(config: Stage) -> Loading:
-    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed)
+    nf4 = config.lora.base == "nf4"
+    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed, nf4)

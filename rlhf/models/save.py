@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -17,7 +18,6 @@ from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.models.load import Loading, is_scalar, load_actor, load_generation_config, load_scalar, load_tokenizer
-from rlhf.models.lora import folded_weights, write_base
 
 
 def save_model(
@@ -37,18 +37,37 @@ def save_model(
     undo(model)
     adapter = hasattr(model, "peft_config")
     if adapter and merge:
-        model, adapter = model.merge_and_unload(), False  # pyright: ignore[reportCallIssue]
+        model, adapter = _merged(model), False
     inner: PreTrainedModel = unwrapped(model)  # pyright: ignore[reportAssignmentType]
     inner.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
     if adapter:
-        write_base(partial, str(inner.config.name_or_path))
+        _write_base(partial, model)
     if generation is not None:
         generation.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The plain model: in place, or where the base must stay as it is (others stand on it, or it is quantised) from disk."""
+    inner: PreTrainedModel = unwrapped(model)  # pyright: ignore[reportAssignmentType]
+    if hasattr(model, "merge_and_unload") and not getattr(inner, "is_quantized", False):
+        return model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    with TemporaryDirectory() as place:
+        directory = Path(place) / "adapter"
+        model.save_pretrained(directory)  # pyright: ignore[reportCallIssue]
+        _write_base(directory, model)
+        opened = load_scalar if is_scalar(str(directory)) else load_actor
+        return opened(str(directory), Loading(dtype=inner.dtype))
+
+
+def _write_base(directory: Path, model: nn.Module) -> None:
+    from rlhf.models.lora import write_base  # peft costs five CPU seconds to import; only those who use it pay
+
+    write_base(directory, str(unwrapped(model).config.name_or_path))  # pyright: ignore
 
 
 def save_merged(spec: str, directory: Path) -> None:
@@ -61,8 +80,9 @@ def save_merged(spec: str, directory: Path) -> None:
 
 def critic_of(policy: ActorCritic) -> nn.Module:
     """The critic as a model of its own; from a shared trunk it is assembled around the value head."""
-    if policy.critic is not None:
-        return policy.critic
+    critic = policy.part("critic")
+    if critic is not None:
+        return critic
     assert policy.actor is not None
     assert policy.value_head is not None
     actor: PreTrainedModel = unwrapped(policy.actor)  # pyright: ignore[reportAssignmentType]
@@ -70,7 +90,15 @@ def critic_of(policy: ActorCritic) -> nn.Module:
     with torch.device("meta"):
         scalar = AutoModelForSequenceClassification.from_config(config)
     prefix = f"{actor.base_model_prefix}."
-    weights = {name: tensor for name, tensor in folded_weights(actor).items() if name.startswith(prefix)}
+    weights = {name: tensor for name, tensor in _plain_weights(policy.actor).items() if name.startswith(prefix)}
     weights |= {f"{HEAD}.{name}": tensor for name, tensor in policy.value_head.state_dict().items()}
     scalar.load_state_dict(weights, assign=True)
     return scalar
+
+
+def _plain_weights(actor: nn.Module) -> dict[str, torch.Tensor]:
+    if not hasattr(actor, "peft_config"):
+        return actor.state_dict()
+    from rlhf.models.lora import folded_weights  # imports peft
+
+    return folded_weights(unwrapped(actor))

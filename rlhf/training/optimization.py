@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
+from rlhf.models.actor_critic import role_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXTRA_STATE = ("step", *MOMENTS)
@@ -25,7 +26,7 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     for name, parameter in policy.named_parameters():
         if not parameter.requires_grad:
             continue
-        role = "actor" if name.split(".")[0] == "actor" else "critic"
+        role = role_of(name)
         lr = config.critic_lr if isinstance(config, PpoOptimizer) and role == "critic" else config.lr
         group = groups.setdefault(role, {"role": role, "params": [], "names": [], "peak": lr, "lr": lr})
         group["params"].append(parameter)

@@ -7,7 +7,7 @@ plain transformers. What agrees with that is right for a reason other than havin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -114,9 +114,9 @@ def probe_loss(
     checks.expect("micro-batches", difference < 1e-5, difference, "micro-batches of 1 and of 4 give the same loss and gradient")
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -125,5 +125,9 @@ def weights_digest(model: nn.Module) -> str:
 def _plain_values(policy: ActorCritic, ids: Tensor, actor_hidden: Tensor) -> Tensor:
     if policy.value_head is not None:
         return policy.value_head(actor_hidden).squeeze(-1)
-    critic = unwrapped(policy.critic)  # pyright: ignore[reportArgumentType]
-    return getattr(critic, HEAD)(getattr(critic, critic.base_model_prefix)(ids).last_hidden_state).squeeze(-1)  # pyright: ignore
+    critic = policy.part("critic")
+    assert critic is not None
+    inner = unwrapped(critic)
+    with policy.active("critic"):
+        hidden = getattr(inner, inner.base_model_prefix)(ids).last_hidden_state  # pyright: ignore
+    return getattr(critic, HEAD)(hidden).squeeze(-1)

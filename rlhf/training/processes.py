@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from rlhf.config.schema import Stage
+from rlhf.config.schema import PpoConfig, Stage
 from rlhf.errors import ConfigError
 from rlhf.paths import shipped_or_own
 from rlhf.training.engines import Engine
@@ -78,11 +78,16 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
         raise ConfigError("the launch file asks for ZeRO or FSDP, and one process has nobody to divide with: give --nproc 2")
     if config.fp8.recipe != "none" and config.fp8.probe.every:
         raise ConfigError("fp8.probe.every must be 0 with ZeRO and FSDP: the probe puts weights back that each rank has whole")
-    if fsdp:
-        from rlhf.training.engines.fsdp import FullyShardedDataParallel
+    engine = _fsdp(accelerator) if fsdp else _zero(config, accelerator)
+    if "weights" in engine.divided:
+        _require_divisible(config, engine.name)
+    return accelerator, engine
 
-        return accelerator, FullyShardedDataParallel(accelerator)
-    return accelerator, _zero(config, accelerator)
+
+def _fsdp(accelerator: Accelerator) -> Engine:
+    from rlhf.training.engines.fsdp import FullyShardedDataParallel  # imports what only it needs
+
+    return FullyShardedDataParallel(accelerator)
 
 
 def _zero(config: Stage, accelerator: Accelerator) -> Engine:
@@ -101,6 +106,19 @@ def _zero(config: Stage, accelerator: Accelerator) -> Engine:
         raise ConfigError(f"the launch file's deepspeed_config: {error}") from error
     micro_batch_size: int = config.micro_batch_size  # pyright: ignore[reportAttributeAccessIssue]
     return Zero(settings, accelerator.device, micro_batch_size, config.precision == "bf16")
+
+
+def _require_divisible(config: Stage, engine: str) -> None:
+    """Raises ConfigError for weights that cannot be divided among ranks."""
+    if isinstance(config, PpoConfig) and config.frozen_layers:
+        raise ConfigError(
+            f"frozen_layers must be 0 in PPO with {engine}: it can divide a layer for one role only, and they have the lower ones "
+            "in common; use --launch ddp or zero2, or roles.mode adapters"
+        )
+    if config.lora.base != "plain":
+        raise ConfigError(
+            f"lora.base must be `plain` with {engine}, which cannot divide weights of 4 bits; use --launch ddp or zero2"
+        )
 
 
 class Peer(NamedTuple):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,15 +105,16 @@ def _run(config: PpoConfig, ppo: Ppo, checks: Checks | None, length: int | None 
         probes.probe_loss(checks, experience, loss_of, inner.parameters())
         for name, role in (("reference", roles.reference), ("reward model", roles.reward)):
             if role is not None:
-                frozen[name] = role.model, probes.weights_digest(role.model)
+                model = train.accelerator.unwrap_model(role.model)
+                frozen[name] = partial(model.weights_of, role.role), probes.weights_digest(model.weights_of(role.role))
 
     try:
         ppo(config, probe=probe if checks is not None else None)
     except CheckFailed:
         if checks is None or not checks.failed():
             raise
-    for name, (model, before) in frozen.items():
-        after = probes.weights_digest(model)
+    for name, (weights, before) in frozen.items():
+        after = probes.weights_digest(weights())
         assert checks is not None
         checks.expect(
             f"frozen {name}",
