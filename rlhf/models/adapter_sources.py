@@ -102,10 +102,10 @@ def _require_same_base(actor: Origin, role: str, other: Origin) -> None:
 
 
 def _as_policy(config: LoraConfig) -> LoraConfig:
-    """For the layers of a causal language model; the scalar head is kept beside it."""
+    """For the layers of a causal language model, without dropout; the scalar head is kept beside it."""
     config = copy.copy(config)
     config.task_type, config.modules_to_save, config.exclude_modules = TaskType.CAUSAL_LM, None, None
-    config.inference_mode = False
+    config.lora_dropout, config.inference_mode = 0.0, False
     return config
 
 

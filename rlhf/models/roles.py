@@ -153,7 +153,7 @@ def open_ppo(config: PpoConfig) -> Roles:
         from rlhf.models.adapter_sources import open_adapters  # imports peft
 
         policy = open_adapters(config, loading, reward_source)
-        _with_fp8(policy, config)
+        _with_fp8(policy.base, config)
         roles = _roles_of_ppo(config, policy)
         roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
         roles.reward = RewardModel(policy, "reward") if reward_source else None

@@ -108,6 +108,10 @@ BAD_VALUES = [
     ("ppo:\n  minibatch_size: 65\n", "6:19", "ppo.minibatch_size 65 is more than the 64 replies"),
     ("rollout: {batch_size: 8}\n", "1:1", "ppo.minibatch_size 64 is more than the 8 replies"),
     ("lora: {rank: 8, dropout: 0.1}\n", "5:26", "lora.dropout must be 0"),
+    ("lora: {rank: 8}\nfrozen_layers: 1\n", "6:16", "frozen_layers must be 0 with lora.rank > 0"),
+    ("lora: {dora: true}\n", "5:14", "lora.dora has no meaning with lora.rank 0"),
+    ("lora: {base: nf4}\n", "5:14", "lora.base has no meaning with lora.rank 0"),
+    ("lora: {rank: 8, base: nf4}\nfp8: {recipe: block}\n", "6:15", "fp8.recipe must be `none` with lora.base `nf4`"),
 ]
 
 

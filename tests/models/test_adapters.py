@@ -48,6 +48,7 @@ def sources(tmp_path_factory) -> Path:
         config = LoraConfig(
             task_type="SEQ_CLS" if scalar else "CAUSAL_LM", r=3 if scalar else 2, lora_alpha=5, target_modules=targets,
             modules_to_save=["score"] if scalar else None, exclude_modules=["score"] if scalar else None, use_dora=dora,
+            lora_dropout=0.5,
         )  # fmt: skip
         model = get_peft_model(base, config)
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
@@ -87,7 +88,7 @@ def plain(sources: Path, adapter: str, scalar: bool) -> torch.nn.Module:
     """A base of its own with one adapter, by transformers and PEFT alone."""
     factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     base = factory.from_pretrained(sources / "llama", dtype=torch.float64, **({"num_labels": 1} if scalar else {}))
-    return PeftModel.from_pretrained(base, str(sources / adapter), is_trainable=True)
+    return PeftModel.from_pretrained(base, str(sources / adapter), is_trainable=True).eval()  # they were trained with dropout
 
 
 def loss(policy: ActorCritic, weights: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 from harness import flags, fork, metrics, run, run_on_two, stage_module, wait
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_equivalence import fixed_rollouts, losses
 
 from rlhf.config.parse import parse
+from rlhf.config.schema import PpoConfig
 from rlhf.errors import DataError
 from rlhf.models.load import Loading, load_actor, load_scalar
 from rlhf.training.session import Training
@@ -129,6 +131,19 @@ def test_frozen_layers_stay_as_they_are(stage, world, tmp_path):
 def test_more_frozen_layers_than_there_are(world, tmp_path):
     assert run("sft", flags("sft", world, tmp_path / "out", frozen_layers=3), tmp_path / "log") == 65
     assert "frozen_layers 3: the model has 2 transformer layers" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "lora", "message"),
+    [
+        ("adapters", {}, "lora.rank must be more than 0 with roles.mode `adapters`"),
+        ("shared", {"rank": 8, "base": "nf4"}, "lora.base must be `plain` with roles.mode `shared`"),
+    ],
+)
+def test_modes_that_lora_does_not_fit(mode, lora, message):
+    config = {"output": "none", "data": {"train": "none"}, "reward": {"source": "count:a"}, "lora": lora}
+    with pytest.raises(ValidationError, match=message):
+        PpoConfig.model_validate({**config, "roles": {"actor": "sft", "critic": "zero", "mode": mode}})
 
 
 def test_the_unit_test_of_adapters(tmp_path):
