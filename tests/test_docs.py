@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import yaml
 from rlhf.cli import main
 from rlhf.config.parse import SCHEMAS, parse
 from rlhf.config.schema import PpoConfig, Section
-from rlhf.paths import CONFIGS
+from rlhf.paths import CONFIGS, STAGES
+from rlhf.runs.manifest import read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +64,43 @@ def test_launching_commands_are_planned(command, capsys):
     planned = json.loads(capsys.readouterr().out)["commands"]
     assert len(planned) == (2 if "--num-machines 2" in command else 1)
     assert len(set(planned)) == len(planned)
+
+
+def at_test_size(command: str, user: Path, port: int) -> list[str]:
+    """One optimizer step, two processes, this machine."""
+    words = (
+        re.sub(r"--nproc \d+", "--nproc 2", command).replace("/shared/", f"{user}/").replace("node0:29500", f"127.0.0.1:{port}")
+    )
+    stage = "ppo" if "--actor" in command else "sft"
+    small = ["--threads=1", "--schedule.unit=steps", "--schedule.length=1"]
+    small += ["--rollout.max_new_tokens=4", "--rollout.batch_size=4", "--ppo.minibatch_size=4"] if stage == "ppo" else []
+    if words.startswith("rlhf"):
+        return [sys.executable, "-m", *words.split(), *small]
+    launcher = words.replace("accelerate launch", "-m accelerate.commands.launch").replace("stages/", f"{STAGES}/")
+    return [sys.executable, *launcher.replace("configs/launch", str(CONFIGS / "launch")).split(), *small]
+
+
+@pytest.mark.slow
+def test_launching_commands_run(user):
+    """From one process to two machines (here two launchers on one host), each as the page has it but for its size."""
+    page = (ROOT / "docs" / "launching.md").read_text()
+    commands = re.findall(r"^ {4}((?:rlhf|accelerate launch) .*)", page, re.M)
+    alone = [command for command in commands if "--num-machines" not in command]
+    together = [command for command in commands if command not in alone]
+    assert len(alone) >= 7
+    assert len(together) == 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for started in [*([command] for command in alone), together]:
+        at_once = [
+            subprocess.Popen(at_test_size(command, user, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for command in started
+        ]
+        said = [process.communicate(timeout=300)[0] for process in at_once]
+        assert [process.returncode for process in at_once] == [0] * len(at_once), said
+    runs = [re.search(r"--output (\S+)", command)[1].replace("/shared/", "") for command in commands]  # pyright: ignore
+    assert {read_status(user / run)["state"] for run in runs} == {"done"}  # pyright: ignore[reportOptionalSubscript]
 
 
 def test_readme_has_commands():

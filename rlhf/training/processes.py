@@ -112,13 +112,11 @@ def _require_divisible(config: Stage, engine: str) -> None:
     """Raises ConfigError for weights that cannot be divided among ranks."""
     if isinstance(config, PpoConfig) and config.frozen_layers:
         raise ConfigError(
-            f"frozen_layers must be 0 in PPO with {engine}: it can divide a layer for one role only, and they have the lower ones "
-            "in common; use --launch ddp or zero2, or roles.mode adapters"
+            f"frozen_layers must be 0 in PPO with {engine}: it divides a layer for one role only, and these have several; "
+            "use --launch ddp or zero2, or roles.mode adapters"
         )
     if config.lora.base != "plain":
-        raise ConfigError(
-            f"lora.base must be `plain` with {engine}, which cannot divide weights of 4 bits; use --launch ddp or zero2"
-        )
+        raise ConfigError(f"lora.base must be `plain` with {engine}: it cannot divide weights of 4 bits; use --launch zero2")
 
 
 class Peer(NamedTuple):

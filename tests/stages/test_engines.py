@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from harness import ENGINES, flags, run, run_on_two
+from harness import ENGINES, flags, metrics, run, run_on_two, start_on, wait
 from test_equivalence import fixed_rollouts, losses, outcome
 from test_resume import left
+
+from rlhf.models.load import Loading, load_actor, load_scalar
 
 pytestmark = pytest.mark.slow  # two processes each, and DeepSpeed's own start
 
@@ -34,6 +36,63 @@ def test_two_processes_leave_what_one_leaves(case, world, engine):
     assert set(weights) == set(expected)
     for name, weight in expected.items():
         assert (weights[name] - weight).abs().max() < 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def reward(llamas, tmp_path_factory):
+    """A reward model trained as an adapter on model/."""
+    directory = tmp_path_factory.mktemp("reward")
+    more = {"lora__rank": 3, "schedule__length": 2, "checkpoint__every": 0, "optimizer__lr": 1e-2, "data__eval": "null"}
+    assert run("rm", flags("rm", llamas, directory / "rm", **more), directory / "log") == 0, (directory / "log").read_text()
+    return directory / "rm"
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"roles__mode": "adapters", "lora__rank": 2, "gradient_checkpointing": "true"},
+        {"roles__mode": "separate", "lora__rank": 2, "critic": "zero"},
+        {"roles__mode": "shared", "critic": "zero"},
+    ],
+    ids=lambda mode: mode["roles__mode"],
+)
+def test_every_mode_of_roles_with_a_reward_model(mode, llamas, reward, tmp_path, engine):
+    """Frozen roles are divided, too, or are part of what is trained; of odd batches one rank scores once less."""
+    log, more = tmp_path / "log", {**MORE, **mode, "reward": reward}
+    if mode["roles__mode"] == "adapters":
+        more["critic"] = "null"
+    assert run("ppo", flags("ppo", llamas, tmp_path / "one", **more), log, fixed_rollouts) == 0, log.read_text()
+    codes = run_on_two("ppo", flags("ppo", llamas, tmp_path / "two", **more), log, fixed_rollouts, engine=engine)
+    assert codes == [0, 0], log.read_text()
+    found, expected = (losses(metrics(tmp_path / name)) for name in ("two", "one"))
+    assert found == [pytest.approx(value, rel=1e-5, abs=1e-6) for value in expected]
+    assert len(found) == 9
+    roles = [(load_actor, "model"), (load_scalar, "critic")]
+    for load, part in roles:
+        one, two = (load(str(tmp_path / name / part), Loading()).state_dict() for name in ("one", "two"))
+        assert all((one[name] - two[name]).abs().max() < 1e-6 for name in one)
+
+
+def test_fsdp_in_float64(world, tmp_path):
+    log, more = tmp_path / "log", {**MORE, "precision": "fp64"}
+    assert run("ppo", flags("ppo", world, tmp_path / "one", **more), log, fixed_rollouts) == 0, log.read_text()
+    codes = run_on_two("ppo", flags("ppo", world, tmp_path / "two", **more), log, fixed_rollouts, engine="fsdp")
+    assert codes == [0, 0], log.read_text()
+    (lines, weights), (other_lines, other_weights) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    assert losses(other_lines) == [pytest.approx(value, rel=1e-10, abs=1e-12) for value in losses(lines)]
+    assert all((other_weights[name] - weight).abs().max() < 1e-10 for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp"])
+def test_four_processes(world, tmp_path, engine):
+    log, more = tmp_path / "log", {**MORE, "schedule__length": 2}
+    assert run("ppo", flags("ppo", world, tmp_path / "one", **more), log, fixed_rollouts) == 0, log.read_text()
+    pids = start_on(4, "ppo", flags("ppo", world, tmp_path / "four", **more), log, fixed_rollouts, engine=engine)
+    assert [wait(pid) for pid in pids] == [0] * 4, log.read_text()
+    (lines, weights), (other_lines, other_weights) = outcome(tmp_path / "one"), outcome(tmp_path / "four")
+    assert losses(other_lines) == [pytest.approx(value, rel=1e-5, abs=1e-6) for value in losses(lines)]
+    assert all((other_weights[name] - weight).abs().max() < 1e-6 for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
