@@ -270,6 +270,14 @@ class PpoConfig(Stage):
                 f"ppo.minibatch_size {self.ppo.minibatch_size} is more than the {replies} replies of an iteration "
                 "(rollout.batch_size * rollout.samples_per_prompt)"
             )
+        if left := replies % self.ppo.minibatch_size:
+            legal = [size for size in range(1, replies + 1) if replies % size == 0]
+            below = max(size for size in legal if size < self.ppo.minibatch_size)
+            above = min(size for size in legal if size > self.ppo.minibatch_size)
+            raise ValueError(
+                f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the {replies} replies of an iteration: the last "
+                f"optimizer step of each epoch would follow {left} replies alone; the nearest that do are {below} and {above}"
+            )
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0 in PPO: the ratio of the first minibatch has to be exactly 1")
         if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):

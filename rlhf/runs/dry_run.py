@@ -81,7 +81,9 @@ def _step(batch: int, rows: str, processes: int, micro_batch: int) -> str:
     parts = _count(accumulation, "micro-batch")
     if processes * micro_batch * accumulation == batch:
         return f"{_count(processes, 'process')} x {micro_batch} {rows} per micro-batch x {parts}"
-    return f"{_count(processes, 'process')} x up to {share} {rows}, in {parts} of up to {micro_batch}"
+    below, above = batch // processes * processes, -(-batch // processes) * processes
+    even = "" if below == above else f"; {f'{below} or ' if below else ''}{above} would divide evenly"
+    return f"{_count(processes, 'process')} x up to {share} {rows}, in {parts} of up to {micro_batch}{even}"
 
 
 def _count(number: int, word: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rlhf.config.parse import Invocation
 from rlhf.errors import OutputError
 from rlhf.runs import launch
+from rlhf.runs.dry_run import batches
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_unlocked
 from rlhf.runs.manifest import read_status, write_status
@@ -49,6 +50,8 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
         return 0
     beginning = "going on with" if state == "resume" else "starting"
     print(f"{stage}: {beginning if keeps_books else 'joins'} {run}", file=log)
+    for line in batches(config, world_size):
+        print(f"{stage}: {line}", file=log)
     print(launch.printable(argv, env), file=log, flush=True)
     code = launch.run(argv, env, run if keeps_books else None, stdout=STDERR if quiet else None)
     if not keeps_books:

@@ -106,6 +106,7 @@ BAD_VALUES = [
     ("kl: {xyzzy: 1}\n", "5:6: kl.xyzzy", "known here: coef, estimator, controller, target, horizon"),
     # fields that do not go together, at the field the schema's message names first, else at their section
     ("ppo:\n  minibatch_size: 65\n", "6:19", "ppo.minibatch_size 65 is more than the 64 replies"),
+    ("ppo:\n  minibatch_size: 24\n", "6:19", "24 does not divide the 64 replies of an iteration"),
     ("rollout: {batch_size: 8}\n", "1:1", "ppo.minibatch_size 64 is more than the 8 replies"),
     ("lora: {rank: 8, dropout: 0.1}\n", "5:26", "lora.dropout must be 0"),
     ("lora: {rank: 8}\nfrozen_layers: 1\n", "6:16", "frozen_layers must be 0 with lora.rank > 0"),

@@ -120,7 +120,7 @@ def test_batches_of_sft() -> None:
         "700 optimizer steps in all: 22400 rows",
     ]
     uneven, epochs = lines("sft", 3, batch_size=64, micro_batch_size=8, schedule__length=2)
-    assert uneven.endswith("= 3 processes x up to 22 rows, in 3 micro-batches of up to 8")
+    assert uneven.endswith("= 3 processes x up to 22 rows, in 3 micro-batches of up to 8; 63 or 66 would divide evenly")
     assert epochs == "2 epochs: one optimizer step for every 64 rows of each"
     packed, tokens = lines("sft", 1, data__packing="true", schedule__unit="tokens", schedule__length=5000)
     assert packed.startswith("64 sequences per optimizer step")

@@ -148,7 +148,7 @@ def flags(stage: str, world: Path, output: Path, **more: object) -> list[str]:
         "rm": {"model": world / "model", "data": world / "pairs.jsonl", "data__eval": world / "pairs.jsonl", "batch_size": 9,
                "optimizer__lr": 1e-3},
         "ppo": {"actor": world / "model", "critic": world / "critic", "reward": "count:a", "data": world / "prompts.jsonl",
-                "data__eval": world / "prompts.jsonl", "data__eval_limit": 6, "rollout__batch_size": 13,
+                "data__eval": world / "prompts.jsonl", "data__eval_limit": 6, "rollout__batch_size": 14,
                 "rollout__max_new_tokens": 6, "ppo__minibatch_size": 7, "ppo__epochs": 2, "optimizer__lr": 1e-3,
                 "optimizer__critic_lr": 1e-3, "rollout__temperature": 0.7},
     }[stage]  # fmt: skip

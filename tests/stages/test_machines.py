@@ -17,18 +17,55 @@ from rlhf.runs.manifest import read_status
 from rlhf.training import opening
 
 
-@pytest.mark.slow  # two `rlhf` commands import torch four times
-def test_two_machines_leave_what_two_processes_leave(world, tmp_path):
+@pytest.fixture
+def loopback():
+    """(what a command on each machine begins with, the address of machine 0)"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return ([], []), f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def two_hosts():
+    """The same for two network namespaces with a cable between them: neither reaches the other over loopback."""
+    names = [f"rlhf{os.getpid()}{end}" for end in "ab"]
+    cable = [f"rl{os.getpid() % 100000}{end}" for end in "ab"]
+    setup = [f"ip netns add {name}" for name in names]
+    setup.append(f"ip link add {cable[0]} netns {names[0]} type veth peer name {cable[1]} netns {names[1]}")
+    for number, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
+        setup += [f"ip -n {name} addr add 10.77.0.{number}/24 dev {end}", f"ip -n {name} link set {end} up"]
+        setup.append(f"ip -n {name} link set lo up")
+    try:
+        for command in setup:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {command}: {error}")
+        prefixes = [
+            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"] for name, end in zip(names, cable, strict=True)
+        ]
+        yield prefixes, "10.77.0.1:29500"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow  # two `rlhf` commands import torch four times
+@pytest.mark.parametrize("network", ["loopback", "two_hosts"])
+def test_two_machines_leave_what_two_processes_leave(world, tmp_path, network, request):
+    prefixes, address = request.getfixturevalue(network)
     arguments = flags("sft", world, tmp_path / "machines")
     command = [sys.executable, "-m", "rlhf", "sft", *arguments, "--launch", "cpu", "--nproc", "2", "--num-machines", "2"]
-    command += ["--main-address", f"127.0.0.1:{port}"]
+    command += ["--main-address", address]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     machines = [
-        subprocess.Popen([*command, "--machine-rank", rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        for rank in ("1", "0")  # whichever comes first waits for the other
+        subprocess.Popen(
+            [*prefixes[rank], *command, "--machine-rank", str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        for rank in (1, 0)  # whichever comes first waits for the other
     ]
     said = [machine.communicate(timeout=300)[0].decode() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
