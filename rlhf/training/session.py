@@ -93,7 +93,7 @@ class Training:
         Args:
             length: the run's length in the schedule's steps, or in tokens if that is its unit.
         """
-        self.schedule, self.length, self.policy = schedule, length, policy.to(self.device)
+        self.schedule, self.length, self.policy = schedule, length, policy
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)

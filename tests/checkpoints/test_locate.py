@@ -177,6 +177,7 @@ def damaged(directory: Path) -> Iterator[str]:
         yield kind
 
 
+@pytest.mark.slow  # the model once for each of its tensors; what follows is quick
 @pytest.mark.parametrize("name", [*NATIVE, *ONE_GROUP])
 def test_whichever_tensor_is_damaged_is_named(name: str, tmp_path: Path) -> None:
     to_megatron(name, tmp_path, Grid() if name in ONE_GROUP else Grid(2))

@@ -29,6 +29,7 @@ def unit_test(log, change=None, learn=True) -> tuple[int, dict]:
     return code, json.JSONDecoder().raw_decode(text[start:])[0]
 
 
+@pytest.mark.slow  # test_docs.py runs it as README has it
 def test_it_passes(tmp_path):
     code, result = unit_test(tmp_path / "log")
     assert result["passed"], [check for check in result["checks"] if not check["passed"]]

@@ -23,7 +23,8 @@ class DataParallel:
         self.name = "ddp" if accelerator.num_processes > 1 else "one process"
 
     def prepare(self, policy: nn.Module, open_optimizer: OpenOptimizer, max_grad_norm: float) -> nn.Module:
-        self.policy, self.optimizer, self.max_grad_norm = policy, open_optimizer(policy), max_grad_norm
+        self.policy, self.max_grad_norm = policy.to(self.accelerator.device), max_grad_norm
+        self.optimizer = open_optimizer(policy)
         self.model = self.accelerator.prepare(policy)
         return self.model
 

@@ -80,7 +80,8 @@ class FullyShardedDataParallel:
 
     def _sharded(self, model: nn.Module) -> nn.Module:
         """In place, each transformer layer by itself, what is left (embeddings, norms, heads) together."""
-        self.accelerator.prepare_model(model, evaluation_mode=True)  # bf16, where asked for
+        # For bf16, where asked for. Weights stay on the host until they are divided: on a device the whole may have no room.
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
             fully_shard(layer)
         fully_shard(model, reshard_after_forward=True)  # the root, too: who looks at its parameters always sees the shards

@@ -48,7 +48,7 @@ class Zero:
 
     def prepare(self, policy: nn.Module, open_optimizer: OpenOptimizer, max_grad_norm: float) -> nn.Module:
         self.policy, self.plain = policy, hollow_copy(policy) if self.stage == 3 else policy
-        self._autocast(policy)
+        self._place(policy)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self.optimizer = open_optimizer(policy)
@@ -68,9 +68,9 @@ class Zero:
         return self.model
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        self._autocast(model)
+        self._place(model)
         if self.stage < 3:
-            return model.to(self.device)
+            return model
         weights_only = {key: value for key, value in self.config["zero_optimization"].items() if key != "offload_optimizer"}
         return deepspeed.initialize(
             model=model, config=self.config | {"zero_optimization": weights_only}, dist_init_required=False
@@ -110,10 +110,13 @@ class Zero:
                     yield f"{name}.{key}", cast(Tensor, safe_get_full_optimizer_state(parameter, key))
 
     def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        for flat, group in self._flat():
+            for name in group["names"]:
+                if f"{name}.step" in tensors:
+                    self.optimizer.state[flat]["step"].copy_(tensors[f"{name}.step"])
         for parameter in self.policy.parameters():
             name = self.names[id(parameter)]
             if id(parameter) in self.groups and f"{name}.step" in tensors:
-                self._state(parameter)["step"].copy_(tensors[f"{name}.step"])
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(parameter, tensors[f"{name}.{key}"].to(self.device), key)
 
@@ -139,7 +142,13 @@ class Zero:
         group = self.groups[id(parameter)]
         return next(self.optimizer.state[flat] for flat, of in self._flat() if of is group)
 
-    def _autocast(self, model: nn.Module) -> None:
-        """Inside the module, as the engine turns off whatever autocast it is called under."""
-        if self.bf16:
+    def _place(self, model: nn.Module) -> None:
+        """On the device, in the precision asked for; in stage 3 as this rank's part of each weight, never the whole at once."""
+        if self.stage == 3:
+            deepspeed.zero.Init(module=model, config_dict_or_path=self.config, dtype=next(model.parameters()).dtype)
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.device)
+        else:
+            model.to(self.device)
+        if self.bf16:  # inside the module, as the engine turns off whatever autocast it is called under
             model.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, torch.bfloat16)(model.forward))
