@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -123,22 +124,29 @@ class Peer(NamedTuple):
     rank: int
     host: str
     pid: int
+    reach: str
+    """Equal for processes that see each other's pids; names of hosts may be equal on different ones."""
 
     @classmethod
     def this(cls, rank: int) -> Peer:
-        return cls(rank, socket.gethostname(), os.getpid())
+        return cls(rank, socket.gethostname(), os.getpid(), _reach())
 
 
 def lost(peers: Sequence[Peer], seconds: float = 0.0) -> str:
-    """Names a process of this host that is gone, waiting so long for one to be; or an empty string."""
+    """Names a process that this one could see and that is gone, waiting so long for one to be; or an empty string."""
     deadline = time.monotonic() + seconds
     while True:
         for peer in peers:
-            if peer.host == socket.gethostname() and not _is_alive(peer.pid):
+            if peer.reach == _reach() and not _is_alive(peer.pid):
                 return f"rank {peer.rank} (pid {peer.pid} on {peer.host}) is gone"
         if time.monotonic() >= deadline:
             return ""
         time.sleep(0.05)
+
+
+def _reach() -> str:
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text()}{namespace.readlink()}" if boot.exists() else socket.gethostname()
 
 
 def _is_alive(pid: int) -> bool:

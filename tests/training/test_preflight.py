@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from rlhf.errors import CheckFailed
 from rlhf.training.memory import memory_line, require_divided
 from rlhf.training.preflight import all_reduce_speed
+from rlhf.training.processes import Peer, lost
 
 
 def as_rank_one_of_two(monkeypatch, all_reduce) -> None:
@@ -53,3 +56,11 @@ def test_the_memory_line_by_hand():
     assert "weights 0.01, gradients 0.00, optimizer 0.01; together 0.02" in memory_line(policy, twice, whole, 2)  # type: ignore
     parts = SimpleNamespace(divided=frozenset({"weights", "gradients", "optimizer"}))
     assert "weights 0.01 (1/2), gradients 0.00 (1/2)" in memory_line(policy, twice, parts, 2)  # type: ignore[arg-type]
+
+
+def test_only_what_could_be_seen_is_missed():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    here = Peer.this(0)
+    assert ended.poll() is None or ended.wait() == 0
+    assert lost([here, Peer(1, "elsewhere", ended.pid, "another host")]) == ""
+    assert lost([here, Peer(1, here.host, ended.pid, here.reach)], seconds=30).startswith(f"rank 1 (pid {ended.pid} on ")
