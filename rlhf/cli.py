@@ -150,7 +150,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--output")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--launch", default="auto")
-    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--nproc", type=int)
     parser.add_argument("--allow-inexact-resume", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--json", action="store_true", dest="as_json")

@@ -45,7 +45,13 @@ class Flag(NamedTuple):
 FLAGS = (
     Flag("config", "NAME|FILE", "A shipped config (`ppo`, `quickstart/ppo`) or a .yaml or .json file.", only=tuple(SCHEMAS)),
     Flag("launch", "NAME|FILE", "How to launch: a shipped file or one of yours.", "(default: auto)", launch=True),
-    Flag("nproc", "INTEGER", "Processes to start, over all machines.", "(at least 1; default: 1)", launch=True),
+    Flag(
+        "nproc",
+        "INTEGER",
+        "Processes to start, over all machines.",
+        "(default: the launch file's, or 1)",
+        launch=True,
+    ),
     Flag("num-machines", "INTEGER", "Machines the processes are spread over.", "(at least 1; default: 1)", launch=True),
     Flag("machine-rank", "INTEGER", "Number of this machine; the same command runs on each.", "(default: 0)", launch=True),
     Flag("main-address", "HOST[:PORT]", "Machine 0, as the others reach it.", "(default port: 29500)", launch=True),
@@ -64,7 +70,8 @@ class Invocation(Generic[Config]):
     config: Config
     config_file: Path | None
     launch: str
-    nproc: int
+    nproc: int | None
+    """None: as the launch file has it."""
     machines: Machines | None
     """None: as the launch file has it."""
     dry_run: bool
@@ -107,9 +114,13 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     if stage in COMMANDS and argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
     words = _sort(stage, argv)
-    nproc, machines = whole_number(words.own, "nproc", 1, 1), machines_of(words.own)
-    if "unit-test" in words.own and (nproc > 1 or machines):
-        raise UsageError("--unit-test: runs in one process; leave out --nproc and --num-machines")
+    machines = machines_of(words.own)
+    nproc = whole_number(words.own, "nproc", 1, 1) if "nproc" in words.own else None
+    alone = (nproc or 1) == 1 and not machines and words.own.get("launch", "auto") in ("auto", "cpu", "gpu")
+    if "unit-test" in words.own and not alone:
+        raise UsageError(
+            "--unit-test: runs in one process; leave out --nproc, --num-machines, and any --launch but cpu and gpu"
+        )
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
     return Invocation(

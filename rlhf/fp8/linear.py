@@ -32,6 +32,8 @@ class FP8Linear(nn.Linear):
     is_fp8 = True
     backend = "reference"
     enabled = True
+    keeps_weights = True
+    """False where ranks divide weights: a quantised one that is kept is whole, and on every rank."""
     amax_history: Tensor
     scale: Tensor
 
@@ -70,6 +72,8 @@ class FP8Linear(nn.Linear):
     def quantized_weight(self, gemm: Gemm) -> Quantized:
         """The weight as the product takes it, computed once as long as neither the weight nor its scale changes."""
         weight, tile = self.weight, self.recipe.tile_of("weight", gemm)
+        if not self.keeps_weights:
+            return self.quantized("weight", gemm, weight.detach())
         now = (weight._version, weight.data_ptr(), self.scale._version if self.recipe.delayed else 0)
         before = self._weights.get(tile)
         if before is None or before[0] != now:

@@ -85,8 +85,11 @@ def open_adapters(config: PpoConfig, loading: Loading, reward: str | None) -> Ad
             peft.add_adapter(role, _as_policy(adapter))
     heads = {CRITIC: head}
     for role, found in origins.items():
-        if found.adapter is not None and (weights := _load(peft, role, found.adapter)):
+        weights = _load(peft, role, found.adapter) if found.adapter is not None else {}
+        if weights:
             heads[role] = scalar_linear(weights, loading.dtype)
+        elif role in (CRITIC, REWARD):
+            raise DataError(f"{found.adapter or found.base}: an adapter without a scalar head; train it with `rlhf rm`")
     return AdaptedBase(peft, heads)
 
 

@@ -54,8 +54,9 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
         print(f"{stage}: {line}", file=log)
     print(launch.printable(argv, env), file=log, flush=True)
     code = launch.run(argv, env, run if keeps_books else None, stdout=STDERR if quiet else None)
-    if not keeps_books:
-        return code
+    if not keeps_books:  # a launcher's code says less than what machine 0, or whoever failed first, has written
+        told = read_status(run) if code else None
+        return told["exit_code"] or code if told else code
     status = read_status(run)
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)

@@ -26,13 +26,13 @@ LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.comm
 
 
 def command(
-    stage: str, launch: str, nproc: int, arguments: list[str], threads: int = 0, machines: Machines = ONE_MACHINE
+    stage: str, launch: str, nproc: int | None, arguments: list[str], threads: int = 0, machines: Machines = ONE_MACHINE
 ) -> tuple[list[str], dict[str, str]]:
     """The command line that runs a stage on this machine, and the environment variables it needs.
 
     Args:
         launch: `auto`, `cpu`, the name of a file in configs/launch, or the path of an Accelerate config file.
-        nproc: processes over all machines; 1: as many as the launch file says.
+        nproc: processes over all machines; None: as many as the launch file says.
         arguments: the stage's own.
         threads: CPU threads of each process; 0: OMP_NUM_THREADS, or this machine's cores shared out evenly.
         machines: where there are several, the same number of processes on each.
@@ -42,18 +42,22 @@ def command(
         ConfigError: the launch file sets a precision, which is the stage config's to say.
     """
     if launch == "auto":
-        launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if nproc > 1 else "gpu"
+        launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if (nproc or 1) > 1 else "gpu"
     script = [str(paths.STAGES / f"{stage}.py"), *arguments]
     if launch == "cpu":
+        nproc = nproc or machines.count
         local = _share(nproc, machines.count)
         return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"}
     file = _launch_file(launch)
-    settings = _settings(file, nproc)
-    processes = nproc if nproc > 1 else settings["num_processes"]
+    settings = _settings(file, nproc or 1)
+    processes = nproc or settings["num_processes"]
     options = ["--config_file", str(file), "--num_processes", str(processes), "--num_machines", str(machines.count)]
     if machines.count > 1:
         options += ["--machine_rank", str(machines.rank)]
         options += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
+        if settings.get("distributed_type") == "DEEPSPEED":
+            # the command runs on every machine; accelerate's default would have one start the others through pdsh
+            options += ["--deepspeed_multinode_launcher", "standard"]
     deepspeed_file = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if deepspeed_file and paths.shipped_or_own(deepspeed_file) is None:
         raise UsageError(f"{file}: deepspeed_config_file {deepspeed_file}: no such file, neither here nor among those shipped")

@@ -24,6 +24,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
 from rlhf.runs.dry_run import describe
 from rlhf.runs.execute import check_output, execute
+from rlhf.runs.launch import machines_of
 from rlhf.runs.lock import run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
@@ -73,7 +74,7 @@ class Request:
     output: str | None = None
     seed: int | None = None
     launch: str = "auto"
-    nproc: int = 1
+    nproc: int | None = None
     overrides: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> flag -> text
     allow_inexact_resume: bool = False
     as_json: bool = False
@@ -88,6 +89,8 @@ def run_pipeline(request: Request) -> int:
         DataError: something that is done was made from something else, or has changed since.
     """
     file, pipeline = read(request)
+    if machines_of(request.launch, None).count > 1:
+        raise ConfigError(f"--launch {request.launch}: a pipeline runs on one machine; start its stages one by one")
     output = Path(pipeline.output)
     invocations = [_parse(stage, flags, file, pipeline, request) for stage, flags in pipeline.stages.items()]
     if request.dry_run:
@@ -148,7 +151,7 @@ def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline,
         merged |= {dotted(canonical(STAGES[stage], name)): text for name, text in layer.items()}
     merged["config"] = str(file.parent / flags["config"])
     merged["output"] = str(Path(pipeline.output) / stage)
-    merged |= {"launch": request.launch, "nproc": str(request.nproc)}
+    merged |= {"launch": request.launch} | ({"nproc": str(request.nproc)} if request.nproc else {})
     switches = ["--allow-inexact-resume"] if request.allow_inexact_resume else []
     return [f"--{name}={text}" for name, text in merged.items()] + switches
 

@@ -14,7 +14,7 @@ def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
     """Parses the command line, runs `main` and exits with the code errors.py lists."""
     try:
         invocation = parse(stage, sys.argv[1:])
-        if invocation.dry_run or invocation.launch != "auto" or invocation.nproc != 1 or invocation.machines:
+        if invocation.dry_run or invocation.launch != "auto" or invocation.nproc or invocation.machines:
             raise UsageError(
                 f"--dry-run and the flags that say what to launch are for `rlhf {stage}`, which starts this script"
             )

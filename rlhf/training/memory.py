@@ -23,7 +23,9 @@ def memory_line(policy: nn.Module, frozen: Sequence[nn.Module], engine: Engine, 
     parts = ", ".join(
         f"{name} {size / 1e9:.2f}" + (f" (1/{world_size})" if name in engine.divided else "") for name, size in mine.items()
     )
-    return f"memory of each process in GB: {parts}; together {sum(mine.values()) / 1e9:.2f}, and activations"
+    actor = getattr(policy, "actor", None)
+    sampling = f"; a rollout gathers {_bytes(actor.parameters()) / 1e9:.2f}" if actor and "weights" in engine.divided else ""
+    return f"memory of each process in GB: {parts}; together {sum(mine.values()) / 1e9:.2f}, and activations{sampling}"
 
 
 def require_divided(engine: Engine, world_size: int) -> None:

@@ -27,6 +27,10 @@ VISIBLE_WITHIN_SECONDS = 30
 """What one machine writes, another sees on NFS after its cache of attributes has aged: 3 to 30 s (nfs(5), acregmin)."""
 
 
+CLOSED = ("connection reset", "connection closed", "connection refused", "broken pipe", "read error")
+"""In what gloo says of a process that was there."""
+
+
 @contextmanager
 def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
     """Opens the processes and the run directory; whatever happens inside ends up in status.json.
@@ -160,7 +164,10 @@ def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
     advice = "run the same command again to go on from the last checkpoint"
     if gone := lost(train.peers, GONE_WITHIN_SECONDS):
         return LostRank(f"{gone}; {advice}")
-    if "timed out" in str(error).lower():
+    said = str(error).lower()
+    if isinstance(error, torch.distributed.DistError) or any(sign in said for sign in CLOSED):
+        return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]}); {advice}")
+    if "timed out" in said:
         minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
         return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone; {advice}")
     return None

@@ -28,7 +28,7 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
             continue
         role = role_of(name)
         lr = config.critic_lr if isinstance(config, PpoOptimizer) and role == "critic" else config.lr
-        group = groups.setdefault(role, {"role": role, "params": [], "names": [], "peak": lr, "lr": lr})
+        group = groups.setdefault(role, {"role": role, "params": [], "names": [], "peak": lr, "lr": lr, "frozen": False})
         group["params"].append(parameter)
         group["names"].append(name)
     return torch.optim.AdamW(

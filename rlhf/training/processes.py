@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from rlhf.config.schema import PpoConfig, Stage
 from rlhf.errors import ConfigError
@@ -23,7 +23,10 @@ from rlhf.training.engines import Engine
 from rlhf.training.engines.data_parallel import DataParallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for another gives up. Rollouts stand outside every collective."""
+"""A rank that waits longer for another gives up: a rollout, too, must end on all ranks within so long of each other."""
+
+FILES_TIMEOUT = timedelta(days=1)
+"""For rank 0 to read, hash or write a checkpoint or a result."""
 
 GONE_WITHIN_SECONDS = 2.0
 """A collective may fail a moment before the process that it waited for can be seen to be gone."""
@@ -66,6 +69,8 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
             # Rotary tables are buffers and never change; broadcasting them would make every forward a collective.
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            # Cast weights that a forward keeps to its end are whole ones: what ranks divide would be on each, after all.
+            AutocastKwargs(cache_enabled=not fsdp),
         ],
     )
     if torch.distributed.is_initialized():

@@ -27,7 +27,7 @@ from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import CheckFailed, DataError, Preempted
 from rlhf.fp8.apply import described
-from rlhf.fp8.state import advance, forget_weights, fp8_state, load_fp8_state, uncalibrated
+from rlhf.fp8.state import advance, forget_weights, fp8_layers, fp8_state, load_fp8_state, uncalibrated
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
@@ -38,7 +38,7 @@ from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided
 from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
-from rlhf.training.processes import Peer
+from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
 
 
@@ -78,6 +78,7 @@ class Training:
         self.diverted = False
         """Whether metrics go elsewhere for a while, so that trackers are not told."""
         self.peers: list[Peer] = []
+        self.patient: Any = torch.distributed.new_group(backend="gloo", timeout=FILES_TIMEOUT) if self.world_size > 1 else None
         self.step_done, self.tokens_done = 0, 0.0
         self._times: dict[str, float] = {}
 
@@ -98,6 +99,7 @@ class Training:
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
         optimizer_state = self._resume()
+        self._keep_no_whole_weights(policy)
         self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
         self.engine.restore_optimizer(optimizer_state)
         skip_frozen(self.engine.optimizer)
@@ -117,7 +119,12 @@ class Training:
         Called before `prepare`, which restores what a checkpoint holds of it.
         """
         self.frozen.append(model)
+        self._keep_no_whole_weights(model)
         return self.engine.prepare_frozen(model)
+
+    def _keep_no_whole_weights(self, model: nn.Module) -> None:
+        for layer in fp8_layers(model).values() if "weights" in self.engine.divided else ():
+            layer.keeps_weights = False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -131,7 +138,6 @@ class Training:
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
         """The plain module with whole weights, for a rollout."""
         with self.accelerator.autocast(), self.engine.gathered() as plain:
-            forget_weights(plain)
             yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -216,6 +222,11 @@ class Training:
             torch.distributed.all_gather_object(values, value)
         return values
 
+    def _wait_for_main(self) -> None:
+        """Until rank 0 has read, hashed or written files, which may take it longer than any exchange of tensors may."""
+        if self.world_size > 1:
+            torch.distributed.barrier(group=self.patient)
+
     def most(self, count: int) -> int:
         """The largest of a number over all ranks."""
         return max(self.gather(count))
@@ -298,7 +309,7 @@ class Training:
             own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
             state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        self._wait_for_main()
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that all ranks put together, in the memory of rank 0's host."""
@@ -319,6 +330,7 @@ class Training:
         """Restores all but the optimizer's state, which is returned: weights go in before the engine takes the model over."""
         root = self.run / "checkpoints"
         found = checkpoint.latest(root, self.note) if self.is_main else None
+        self._wait_for_main()
         step = self.gather(found and found.step)[0]
         if not self.is_main and step is not None:
             found = checkpoint.at(root, step)
@@ -349,10 +361,10 @@ class Training:
     def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:
         """Marks the run done; `outputs` are what later stages read."""
         self.console.close()
-        self.accelerator.wait_for_everyone()
+        self._wait_for_main()
         if self.is_main:
             finish(self.run, self.manifest, dict(result), outputs)
-        self.accelerator.wait_for_everyone()
+        self._wait_for_main()
         self.accelerator.end_training()
 
     def _agree_to_stop(self) -> int:

@@ -30,7 +30,7 @@ def one_column(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_from_flags() -> None:
     invocation = parse("ppo", REQUIRED)
     assert (invocation.stage, invocation.config_file) == ("ppo", None)
-    assert (invocation.launch, invocation.nproc) == ("auto", 1)
+    assert (invocation.launch, invocation.nproc) == ("auto", None)
     assert not any((invocation.dry_run, invocation.unit_test, invocation.as_json, invocation.allow_inexact_resume))
     config = invocation.config
     assert (config.output, config.roles.actor, config.data.train) == ("runs/ppo", "sft", "prompts.jsonl")
@@ -111,9 +111,10 @@ def test_the_unit_test_has_a_config_of_its_own(tmp_path: Path, monkeypatch: pyte
     assert parse("ppo", ["--unit-test", "--config", str(other)]).config_file == other
 
 
-def test_the_unit_test_is_one_process() -> None:
+@pytest.mark.parametrize("more", [["--nproc=2"], ["--launch=ddp"], ["--num-machines=2", "--main-address=a"]])
+def test_the_unit_test_is_one_process(more: list[str]) -> None:
     with pytest.raises(UsageError, match="--unit-test: runs in one process"):
-        parse("ppo", ["--unit-test", "--nproc", "2"])
+        parse("ppo", ["--unit-test", *more])
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class TestCommand:
 
     def test_threads_are_the_configs_then_the_users(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        assert launch.command("rm", "cpu", 1, [])[1]["OMP_NUM_THREADS"] == "3"
+        assert launch.command("rm", "cpu", None, [])[1]["OMP_NUM_THREADS"] == "3"
         assert launch.command("rm", "cpu", 1, [], threads=5)[1]["OMP_NUM_THREADS"] == "5"
 
     def test_a_launch_file_that_is_none(self, tmp_path: Path) -> None:
@@ -76,14 +76,27 @@ class TestCommand:
         own.write_text(own.read_text() + "main_process_ip: node0\n")
         machines = launch.machines_of(str(own), None)
         assert machines == Machines(2, 1, "node0", 29500)
-        argv, env = launch.command("sft", str(own), 1, [], machines=machines)
+        argv, env = launch.command("sft", str(own), None, [], machines=machines)
         place = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "node0", "--main_process_port", "29500"]
         assert argv[5:-1] == ["--num_processes", "8", *place]
         assert env["OMP_NUM_THREADS"] == str(max(1, CORES // 4))
         assert launch.machines_of(str(own), Machines()) == Machines()
         assert launch.machines_of("ddp", None) == launch.machines_of("auto", None) == Machines()
-        argv, env = launch.command("sft", str(own), 1, [])
+        argv, env = launch.command("sft", str(own), None, [])
         assert argv[5:-1] == ["--num_processes", "8", "--num_machines", "1"]
+        assert launch.command("sft", str(own), 1, [])[0][5:7] == ["--num_processes", "1"]
+
+    def test_deepspeed_on_two_machines_is_started_on_each(self) -> None:
+        """As accelerate itself understands our command: no pdsh from one machine to the other."""
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+        from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+        argv, _ = launch.command("sft", "zero2", 4, ["--seed", "1"], machines=Machines(2, 1, "node0", 4711))
+        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(argv[3:]))
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        started, _ = prepare_deepspeed_cmd_env(arguments)
+        assert "pdsh" not in (started or ())
+        assert arguments.machine_rank == 1
 
     def test_a_deepspeed_file_is_found_from_anywhere(self) -> None:
         assert not Path("configs").exists()
@@ -112,6 +125,7 @@ class TestCommand:
         for launcher in ("cpu", "ddp"):
             with pytest.raises(UsageError, match="--nproc: 5 processes do not divide among 2 machines; expected 4 or 6"):
                 launch.command("ppo", launcher, 5, [], machines=here)
+        assert launch.command("ppo", "cpu", None, [], machines=here)[1]["RLHF_EXPECTED_WORLD_SIZE"] == "2"
         with pytest.raises(UsageError, match="--nproc: 1 processes do not divide among 2 machines; expected 2"):
             launch.command("ppo", "cpu", 1, [], machines=here)
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.training.engines import Named, OpenOptimizer
-from rlhf.training.engines.hollow import consolidate, filled, hollow_copy
+from rlhf.training.engines.hollow import consolidate, filled_actor, hollow_copy
 from rlhf.training.optimization import MOMENTS, optimizer_tensors, restore_optimizer
 
 
@@ -53,7 +53,7 @@ class FullyShardedDataParallel:
         return norm
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
-        return filled(self.plain, self.policy, self.whole)
+        return filled_actor(self.plain, self.policy, self.whole)
 
     def whole(self, parameter: Tensor) -> Tensor:
         return _whole(parameter.detach())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,15 @@ def hollow_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def filled(plain: nn.Module, model: nn.Module, whole: Whole) -> Iterator[nn.Module]:
-    """A hollow copy of the model, with its weights for a while."""
-    hollow = dict(plain.named_parameters())
-    weights = {name: nn.Parameter(whole(p), requires_grad=p.requires_grad) for name, p in model.named_parameters()}
-    _put(plain, {id(hollow[name]): weights[name] for name in hollow})
+def filled_actor(plain: Any, policy: Any, whole: Whole) -> Iterator[nn.Module]:
+    """A hollow copy of a policy, its actor with weights for a while: that is all a rollout needs."""
+    hollow = dict(plain.actor.named_parameters())
+    weights = {name: nn.Parameter(whole(p), requires_grad=p.requires_grad) for name, p in policy.actor.named_parameters()}
+    _put(plain.actor, {id(hollow[name]): weights[name] for name in hollow})
     try:
         yield plain
     finally:
-        _put(plain, {id(weights[name]): hollow[name] for name in hollow})
+        _put(plain.actor, {id(weights[name]): hollow[name] for name in hollow})
 
 
 def consolidate(model: nn.Module, whole: Whole, keep: bool) -> None:

@@ -18,8 +18,9 @@ from accelerate.utils import convert_outputs_to_fp32
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
+from rlhf.errors import ConfigError
 from rlhf.training.engines import Named, OpenOptimizer
-from rlhf.training.engines.hollow import consolidate, filled, hollow_copy
+from rlhf.training.engines.hollow import consolidate, filled_actor, hollow_copy
 from rlhf.training.optimization import MOMENTS
 
 # DeepSpeed 0.19 calls what torch 2.13 has renamed; a user can do nothing about it
@@ -34,17 +35,34 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """Without values that are `auto`. Raises ConfigError for what is the stage's config to say, and for no stage of ZeRO."""
+    config = _without_auto(config)
+    for name in ("optimizer", "scheduler", "fp16", "bf16"):
+        section = config.get(name) or {}
+        if section.get("enabled", bool(section)):
+            raise ConfigError(f"the DeepSpeed config sets {name}, which belongs to the stage's config; leave it out")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"the DeepSpeed config has zero_optimization.stage {stage}, expected 1, 2 or 3")
+    return config
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items() if value != "auto"}
+
+
 class Zero:
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: dict[str, Any], device: torch.device, micro_batch_size: int, bf16: bool) -> None:
         """`config` is the content of a DeepSpeed file; batch sizes in it are never read, but DeepSpeed wants one."""
-        self.device, self.bf16 = device, bf16
+        self.device, self.bf16, config = device, bf16, _checked(config)
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.divided: frozenset[str] = frozenset(("optimizer", "gradients", "weights")[: self.stage])
-        unset = {key: value for key, value in config.items() if value != "auto" and key != "train_batch_size"}
-        self.config: dict[str, Any] = unset | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
+        settings = {key: value for key, value in config.items() if key != "train_batch_size"}
+        self.config: dict[str, Any] = settings | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
 
     def prepare(self, policy: nn.Module, open_optimizer: OpenOptimizer, max_grad_norm: float) -> nn.Module:
         self.policy, self.plain = policy, hollow_copy(policy) if self.stage == 3 else policy
@@ -89,7 +107,7 @@ class Zero:
         return float(self.model.get_global_grad_norm() or 0.0)  # infinite where it was not finite, and nothing was stepped
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
-        return filled(self.plain, self.policy, self.whole) if self.stage == 3 else nullcontext(self.policy)
+        return filled_actor(self.plain, self.policy, self.whole) if self.stage == 3 else nullcontext(self.policy)
 
     def whole(self, parameter: Tensor) -> Tensor:
         if self.stage < 3:
@@ -150,5 +168,8 @@ class Zero:
                 buffer.data = buffer.data.to(self.device)
         else:
             model.to(self.device)
-        if self.bf16:  # inside the module, as the engine turns off whatever autocast it is called under
-            model.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, torch.bfloat16)(model.forward))
+        if self.bf16:
+            # Without a cache of cast weights where they are divided: it would hold the whole model until a forward ends.
+            autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=self.stage < 3)
+            # Inside the module, as the engine turns off whatever autocast it is called under.
+            model.forward = convert_outputs_to_fp32(autocast(model.forward))
