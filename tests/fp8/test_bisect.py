@@ -71,7 +71,9 @@ def test_stale_delayed_scales_are_named(subject_files):
     assert all(torch.equal(tensor, state[name]) for name, tensor in fp8_state(subject.policy).items())
 
 
-@pytest.mark.parametrize("recipe", ["block", "current", "rowwise", "mxfp8"])
+@pytest.mark.parametrize(
+    "recipe", ["block", *(pytest.param(name, marks=pytest.mark.slow) for name in ("current", "rowwise", "mxfp8"))]
+)
 def test_nothing_stands_out_in_a_healthy_model(recipe, subject_files):
     subject = opened(subject_files, recipe)
     found = bisect(subject, subject.batches(read_rows(subject, subject.config.data.train)[:16]))

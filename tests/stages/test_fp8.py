@@ -64,7 +64,7 @@ def test_scales_that_move_between_scoring_and_update_are_found(llamas, tmp_path)
     assert "first ratio" in log.read_text()
 
 
-@pytest.mark.parametrize("name", ["delayed", "lora"])
+@pytest.mark.parametrize("name", ["delayed", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_it_goes_on_to_the_same_bits(stage, processes, name, llamas, tmp_path):

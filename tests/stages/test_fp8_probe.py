@@ -62,7 +62,10 @@ def test_too_large_a_gap_falls_back(processes, llamas, tmp_path, monkeypatch):
     assert steps(metrics(tmp_path / "probed")) == steps(metrics(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize(("stage", "fallback"), [("sft", "false"), ("sft", "true"), ("ppo", "false")])
+@pytest.mark.parametrize(
+    ("stage", "fallback"),
+    [("sft", "false"), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("sft", "true"), ("ppo", "false")))],
+)
 def test_killed_inside_a_span_it_begins_the_span_again(stage, fallback, llamas, tmp_path):
     log, settings = tmp_path / "log", {**PROBED, "fp8__probe__steps": 4, "fp8__probe__fallback": fallback}
     assert run(stage, flags(stage, llamas, tmp_path / "whole", **settings), log) == 0, log.read_text()

@@ -141,7 +141,7 @@ def reward_negated(module) -> None:
         (dropout_on, "dropout"),
         (reference_trained, "frozen reference"),
         (kl_sign, "KL penalty"),
-        (reward_negated, "reward rises"),
+        pytest.param(reward_negated, "reward rises", marks=pytest.mark.slow),  # learns twice
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
