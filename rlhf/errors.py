@@ -54,6 +54,9 @@ class LostRank(RlhfError):
 
     exit_code = 74
 
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"{cause}; run the same command again to go on from the last checkpoint")
+
 
 class Locked(RlhfError):
     """Another run is writing into the same directory."""

@@ -161,15 +161,14 @@ def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
     """What torch says when a process that this one waits for is gone tells nobody which."""
     if train.world_size == 1 or not isinstance(error, RuntimeError):
         return None
-    advice = "run the same command again to go on from the last checkpoint"
     if gone := lost(train.peers, GONE_WITHIN_SECONDS):
-        return LostRank(f"{gone}; {advice}")
+        return LostRank(gone)
     said = str(error).lower()
     if isinstance(error, torch.distributed.DistError) or any(sign in said for sign in CLOSED):
-        return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]}); {advice}")
+        return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]})")
     if "timed out" in said:
         minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
-        return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone; {advice}")
+        return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone")
     return None
 
 

@@ -39,5 +39,5 @@ class StopRequest:
         if self.number:
             os._exit(128 + number)
         if why := self.end_at_once_if():
-            raise LostRank(f"{why}; run the same command again to go on from the last checkpoint")
+            raise LostRank(why)
         self.number = number

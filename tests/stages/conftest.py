@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import flags, run
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.training.tiny import WORDS, write_tiny_model
@@ -49,3 +50,13 @@ def llamas(world, tmp_path_factory) -> Path:
         (directory / part / "model.safetensors").unlink()
         model.save_pretrained(directory / part)
     return directory
+
+
+@pytest.fixture(scope="session")
+def reward(llamas, tmp_path_factory):
+    """A reward model trained as an adapter on model/."""
+    directory = tmp_path_factory.mktemp("reward")
+    more = {"lora__rank": 3, "schedule__length": 3, "checkpoint__every": 0, "optimizer__lr": 1e-2, "data__eval": "null"}
+    arguments = flags("rm", llamas, directory / "rm", **more)
+    assert run("rm", arguments, directory / "log") == 0, (directory / "log").read_text()
+    return directory / "rm"

@@ -40,15 +40,6 @@ def test_two_processes_leave_what_one_leaves(case, world, engine):
         assert (weights[name] - weight).abs().max() < 1e-6, name
 
 
-@pytest.fixture(scope="module")
-def reward(llamas, tmp_path_factory):
-    """A reward model trained as an adapter on model/."""
-    directory = tmp_path_factory.mktemp("reward")
-    more = {"lora__rank": 3, "schedule__length": 2, "checkpoint__every": 0, "optimizer__lr": 1e-2, "data__eval": "null"}
-    assert run("rm", flags("rm", llamas, directory / "rm", **more), directory / "log") == 0, (directory / "log").read_text()
-    return directory / "rm"
-
-
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp"])
 @pytest.mark.parametrize(
     "mode",

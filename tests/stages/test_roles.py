@@ -22,16 +22,6 @@ from rlhf.training.unit_test import unit_test
 SHORT = {"schedule__length": 3, "checkpoint__every": 0, "data__eval": "null"}
 
 
-@pytest.fixture(scope="module")
-def reward(llamas, tmp_path_factory):
-    """A reward model trained as an adapter on model/."""
-    directory = tmp_path_factory.mktemp("reward")
-    more = {"lora__rank": 3, "schedule__length": 3, "checkpoint__every": 0, "optimizer__lr": 1e-2, "data__eval": "null"}
-    arguments = flags("rm", llamas, directory / "rm", **more)
-    assert run("rm", arguments, directory / "log") == 0, (directory / "log").read_text()
-    return directory / "rm"
-
-
 def steps(output) -> list[dict]:
     return [line for line in metrics(output) if "optimizer/grad_norm" in line]
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf.training.engines import Named, OpenOptimizer
-from rlhf.training.optimization import optimizer_tensors, restore_optimizer
+from rlhf.training.optimization import clipped_step, optimizer_tensors, restore_optimizer
 
 
 class DataParallel:
@@ -38,11 +38,7 @@ class DataParallel:
         self.accelerator.backward(loss)
 
     def step(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
-        if norm < float("inf"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return norm
+        return clipped_step(self.optimizer, self.policy, self.max_grad_norm)
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.policy)

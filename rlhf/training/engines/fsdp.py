@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.training.engines import Named, OpenOptimizer
 from rlhf.training.engines.hollow import consolidate, filled_actor, hollow_copy
-from rlhf.training.optimization import MOMENTS, optimizer_tensors, restore_optimizer
+from rlhf.training.optimization import MOMENTS, clipped_step, optimizer_tensors, restore_optimizer
 
 
 class FullyShardedDataParallel:
@@ -46,11 +46,7 @@ class FullyShardedDataParallel:
         self.accelerator.backward(loss)
 
     def step(self) -> float:
-        norm = float(_whole(nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)))
-        if norm < float("inf"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return norm
+        return clipped_step(self.optimizer, self.policy, self.max_grad_norm)
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return filled_actor(self.plain, self.policy, self.whole)

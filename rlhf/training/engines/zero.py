@@ -68,7 +68,6 @@ class Zero:
         self.policy, self.plain = policy, hollow_copy(policy) if self.stage == 3 else policy
         self._place(policy)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.names = {id(parameter): name for name, parameter in policy.named_parameters()}
         self.optimizer = open_optimizer(policy)
         self.groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         self.model: Any = deepspeed.initialize(
@@ -120,9 +119,8 @@ class Zero:
             consolidate(self.policy, self.whole, keep)
 
     def optimizer_tensors(self) -> Named:
-        for parameter in self.policy.parameters():
+        for name, parameter in self.policy.named_parameters():
             if id(parameter) in self.groups and (step := self._state(parameter)["step"]) > 0:
-                name = self.names[id(parameter)]
                 yield f"{name}.step", step.clone()  # one for the whole group
                 for key in MOMENTS:
                     yield f"{name}.{key}", cast(Tensor, safe_get_full_optimizer_state(parameter, key))
@@ -132,8 +130,7 @@ class Zero:
             for name in group["names"]:
                 if f"{name}.step" in tensors:
                     self.optimizer.state[flat]["step"].copy_(tensors[f"{name}.step"])
-        for parameter in self.policy.parameters():
-            name = self.names[id(parameter)]
+        for name, parameter in self.policy.named_parameters():
             if id(parameter) in self.groups and f"{name}.step" in tensors:
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(parameter, tensors[f"{name}.{key}"].to(self.device), key)
