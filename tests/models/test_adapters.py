@@ -30,7 +30,7 @@ ROLES = ("actor", "critic", "reference", "reward")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """llama/ and, on it, the adapters sft/ and rm/ as PEFT writes them, every factor drawn at random; gpt2/ alike."""
+    """llama/ and, on it, the adapters sft/ and rm/ as PEFT writes them, every factor drawn at random; critic/, no adapter."""
     directory = tmp_path_factory.mktemp("sources")
     write_tiny_model(directory, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
