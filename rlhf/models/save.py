@@ -35,6 +35,8 @@ def save_model(
     for left_by_a_kill in directory.parent.glob(f".{directory.name}-*"):
         shutil.rmtree(left_by_a_kill)
     undo(model)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # save_pretrained imports an installed DeepSpeed, which warns on stdout
     adapter = hasattr(model, "peft_config")
     if adapter and merge:
         model, adapter = _merged(model), False

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf.data.order import shuffled
+from rlhf.models.save import save_model
 
 PAD, END = "<|pad|>", "<|end|>"
 WORDS = list("abcdefgh")
@@ -46,8 +47,7 @@ def write_tiny_model(directory: Path, seed: int) -> None:
         model = GPT2LMHeadModel(config)
         critic = GPT2ForSequenceClassification(GPT2Config.from_dict({**config.to_dict(), "num_labels": 1}))
     for part, module in (("model", model), ("critic", critic)):
-        module.save_pretrained(directory / part)
-        tokenizer.save_pretrained(directory / part)
+        save_model(module, directory / part, tokenizer)
 
 
 def write_prompts(path: Path, tiny: bool) -> None:
