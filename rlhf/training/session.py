@@ -39,7 +39,7 @@ from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided
-from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
+from rlhf.training.optimization import MOMENTS, open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
 
@@ -100,6 +100,7 @@ class Training:
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
+        self._require_room(policy)
         optimizer_state = self._resume()
         self._keep_no_whole_weights(policy)
         self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
@@ -319,6 +320,14 @@ class Training:
             state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self._wait_for_main()
+
+    def _require_room(self, policy: nn.Module) -> None:
+        weights = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        every, keep = self.config.checkpoint.every, self.config.checkpoint.keep
+        saves = 1 if self.schedule.unit == "tokens" else self.length // every if every else 0
+        if self.is_main:
+            # one more than is kept: the oldest goes when the newest is there
+            checkpoint.require_room(self.run / "checkpoints", (1 + len(MOMENTS)) * weights, min(keep + 1, saves), weights)
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that all ranks put together, in the memory of rank 0's host."""
