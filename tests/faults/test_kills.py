@@ -114,6 +114,7 @@ def kill_until_done(
                     os.kill(pid, what)
         codes = {wait(pid) for pid in pids}
         if codes == {0}:
+            assert [path.name for path in output.iterdir() if path.name.startswith(".")] == [".lock"]
             return
         assert codes <= {0, -signal.SIGKILL}, said(output)
         kills += 1

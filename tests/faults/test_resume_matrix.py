@@ -12,10 +12,10 @@ from typing import NamedTuple
 import pytest
 from harness import flags, left, start_on, wait
 
+from rlhf.runs import manifest
+from rlhf.runs.manifest import read_status
 from rlhf.training import checkpoint, session
 from rlhf.training.session import Training
-
-pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 6, 2
 
@@ -59,7 +59,9 @@ PLACES = {
 }
 
 
-def ended(processes: int, stage: str, world: Path, output: Path, change: Callable[[ModuleType], None] | None = None) -> list[int]:
+def ended(
+    processes: int, stage: str, world: Path, output: Path, change: Callable[[ModuleType], None] | None = None
+) -> list[int]:
     """Exit codes of a run."""
     arguments = flags(stage, world, output, schedule__length=STEPS, checkpoint__every=EVERY)
     return [wait(pid) for pid in start_on(processes, stage, arguments, output.with_name("log"), change)]
@@ -80,6 +82,7 @@ def whole(world, tmp_path_factory):
     return run_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
@@ -102,3 +105,15 @@ def test_goes_on_to_the_same_bits(stage, processes, place, world, whole, tmp_pat
     assert (said in log.read_text()) if goes_on_from else ("goes on from" not in log.read_text())
     assert left(output, STEPS) == whole(stage, processes)
     assert not list((output / "checkpoints").glob(".*"))
+
+
+def test_between_run_json_and_the_status(world, tmp_path):
+    """The run is finished: it is not run again, and says so after the next start."""
+    output, log = tmp_path / "sft", tmp_path / "log"
+    assert ended(1, "sft", world, output, lambda _: at_call(manifest, "write_status")) == [-signal.SIGKILL]
+    before, last = left(output, STEPS), (output / "run.json").read_bytes()
+    assert read_status(output)["state"] == "running"
+    assert ended(1, "sft", world, output) == [0]
+    assert "is finished already" in log.read_text()
+    assert read_status(output)["state"] == "done"
+    assert (left(output, STEPS), (output / "run.json").read_bytes()) == (before, last)
