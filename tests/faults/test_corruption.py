@@ -125,7 +125,7 @@ def test_the_rerun_ends_with_the_same_bits(stage, stopped, world, tmp_path):
     flip(newest / FILES[STAGES.index(stage)], draw, newest)
     arguments = flags(stage, world, output, schedule__length=STEPS)
     assert run(stage, arguments, log) == 0, log.read_text()
-    assert f"({STEPS - 1} steps done)" in log.read_text()
+    assert f"/checkpoints/step-{STEPS - 1}: " in log.read_text()
     assert left(output, STEPS) == expected
 
 
