@@ -162,6 +162,15 @@ def test_kills_where_optimizer_state_is_divided(world, whole, tmp_path, tally):
 
 
 @pytest.mark.slow
+def test_no_start_waits_for_a_compiler_that_was_killed(world, tmp_path, monkeypatch):
+    """torch compiles behind a lock file; DeepSpeed would do so at its first start on a CPU, and a kill leaves the file."""
+    (tmp_path / "extensions" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "extensions" / "deepspeed_shm_comm" / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert {wait(pid, 60) for pid in started("sft", DIVIDED, world, tmp_path / "sft")} == {0}, said(tmp_path / "sft")
+
+
+@pytest.mark.slow
 def test_so_many_were_killed(tally):
     """By the tests above; kills are counted, not trials."""
     assert min(sum(tally.kills[stage, processes] for processes in SHARES) for stage in STAGES) >= KILLS
