@@ -82,6 +82,9 @@ class Stage(Section):
     """Attention implementation of the trunk."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each process; 0: OMP_NUM_THREADS where it is set, else the cores shared out evenly."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model. A Hub model must then be pinned to a commit (`id@40 hex digits`); of a
+    directory the run records the digest of all its files."""
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     frozen_layers: Annotated[int, Field(ge=0)] = 0

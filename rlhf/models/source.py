@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.checkpoints.directory import TRACKER, is_megatron
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 
 Role = Literal["model", "critic"]
 
@@ -27,6 +27,9 @@ class Source:
     path: str
     revision: str | None
     run: Path | None
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve(spec: str, role: Role = "model") -> Source:
@@ -54,6 +57,15 @@ def resolve(spec: str, role: Role = "model") -> Source:
         f"{spec}: no such model. Looked for a run directory, a directory with config.json or adapter_config.json, "
         "and a .gguf file of this name; a Hub id has the form owner/name or owner/name@revision"
     )
+
+
+def require_pinned(source: Source) -> None:
+    """Raises ConfigError for a Hub model whose code may be run and might be another one tomorrow."""
+    if source.kind == "hub" and not COMMIT.fullmatch(source.revision or ""):
+        raise ConfigError(
+            f"trust_remote_code: {source.path} must be pinned, as its code is run: write {source.path}@COMMIT, "
+            "the 40 hex digits of a commit that you have read"
+        )
 
 
 def _means_a_path(spec: str) -> bool:

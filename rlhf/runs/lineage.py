@@ -16,7 +16,7 @@ from rlhf.checkpoints.directory import iteration_directory
 from rlhf.config.schema import Stage
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
-from rlhf.models.source import resolve
+from rlhf.models.source import require_pinned, resolve
 from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, read_manifest, versions
 
 RunState = Literal["new", "resume", "done"]
@@ -71,6 +71,8 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         spec = fields.get(field)
         if spec is None or spec == "zero":  # a critic without a model of its own
             continue
+        if config.trust_remote_code and not _is_no_model(name, spec):
+            require_pinned(resolve(spec))
         digest = _digest(name, spec)
         if digest is None:
             inputs[name] = {"path": spec, "digest": None, "parent": None}
@@ -182,7 +184,7 @@ def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
     if name.startswith("data."):
         return _digest_of_file(Path(spec), f"{name}: ")
-    if (name == "reward" and ":" in spec) or name.startswith(SCORERS):
+    if _is_no_model(name, spec):
         file, _, function = spec.rpartition(":")
         if spec.startswith("count:") or not file.endswith(".py"):
             return None
@@ -193,6 +195,10 @@ def _digest(name: str, spec: str) -> str | None:
     if source.kind == "megatron":
         return tree_digest(iteration_directory(Path(source.path)))
     return tree_digest(source.path) if source.kind == "directory" else file_digest(source.path)
+
+
+def _is_no_model(name: str, spec: str) -> bool:
+    return name.startswith(("data.", SCORERS)) or (name == "reward" and ":" in spec)
 
 
 def _digest_of_file(path: Path, field: str) -> str:
