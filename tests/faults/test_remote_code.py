@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from harness import flags, fork, run, wait
+from harness import command, flags, run
 
 from rlhf.cli import main
 from rlhf.config.parse import parse
@@ -63,19 +62,9 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         changed(directory / part / "config.json", model_type="own", auto_map=AUTO_MAP)
         changed(directory / part / "tokenizer_config.json", **TOKENIZER)
     monkeypatch.setenv(WITNESS, str(tmp_path / "it-ran"))
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # a terminal that says yes to all that it is asked
     return directory
-
-
-def command(arguments: list[str], log: Path) -> int:
-    """A command in a fork, whose terminal says yes to everything it is asked."""
-
-    def body() -> None:
-        os.environ["HF_MODULES_CACHE"] = str(log.parent / "modules")
-        sys.stdin = io.StringIO("y\n" * 9)
-        sys.exit(main(arguments))
-
-    return wait(fork(body, log=log))
 
 
 def commands(place: Path, out: Path) -> dict[str, list[str]]:
