@@ -144,6 +144,8 @@ class Reading(Section):
     """What to do with a malformed row: stop with its file:line, or leave it out and count it."""
     max_skip_fraction: Fraction = 0.01
     """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
+    max_line_bytes: Count = 8 * 2**20
+    """A line of .jsonl longer than this, in bytes, is a malformed row."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
     max_length: Annotated[int, Field(ge=2)] = 1024

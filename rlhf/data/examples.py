@@ -57,6 +57,8 @@ class Examples(Generic[Example]):
 
     items: list[Example]
     notes: list[str]
+    asked: list[bytes]
+    """What each usable row of the file asks (`Row.asks`)."""
 
 
 def sft_examples(path: str, config: TextReading, template: Template) -> Examples[SftExample]:
@@ -76,7 +78,7 @@ def sft_examples(path: str, config: TextReading, template: Template) -> Examples
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
     lost = config.json_key is not None and limit.hit and config.too_long != "split"
     advice = ["data.too_long: split would use long documents whole"] if lost else []
-    return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
+    return _done(path, examples, rows, limit.notes() + advice + dropped)
 
 
 def pair_examples(path: str, config: Reading, template: Template) -> Examples[PairExample]:
@@ -97,7 +99,7 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
             continue
         examples.append(example)
     dropped = [f"{same} pairs dropped: chosen and rejected are the same tokens (after truncation)"] if same else []
-    return _done(path, examples, rows.notes + limit.notes() + dropped)
+    return _done(path, examples, rows, limit.notes() + dropped)
 
 
 def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
@@ -108,7 +110,7 @@ def prompt_examples(path: str, config: Reading, template: Template) -> Examples[
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
             examples.append(PromptExample(index, ids[-config.max_length :], row))
-    return _done(path, examples, rows.notes + limit.notes())
+    return _done(path, examples, rows, limit.notes())
 
 
 def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
@@ -150,13 +152,15 @@ def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -
         extra_columns=config.extra_columns,
         on_error=config.on_error,
         max_skip_fraction=config.max_skip_fraction,
+        max_line_bytes=config.max_line_bytes,
     )
 
 
-def _done(path: str, examples: list[Example], notes: list[str]) -> Examples[Example]:
+def _done(path: str, examples: list[Example], rows: Rows, more_notes: list[str]) -> Examples[Example]:
+    notes = rows.notes + more_notes
     if not examples:
         raise DataError(f"{path}: no usable row is left" + "".join(f"\n  {note}" for note in notes))
-    return Examples(examples, notes)
+    return Examples(examples, notes, [row.asks for row in rows.rows])
 
 
 class _LengthLimit:

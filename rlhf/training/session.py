@@ -77,6 +77,8 @@ class Training:
         """Are given each step's metrics, on every rank."""
         self.diverted = False
         """Whether metrics go elsewhere for a while, so that trackers are not told."""
+        self.asked: dict[str, set[bytes]] = {}
+        """By data file: digests of the prompts in it."""
         self.peers: list[Peer] = []
         self.patient: Any = torch.distributed.new_group(backend="gloo", timeout=FILES_TIMEOUT) if self.world_size > 1 else None
         self.step_done, self.tokens_done = 0, 0.0
@@ -257,6 +259,13 @@ class Training:
         """The examples of a file, after saying what became of it."""
         for note in [f"{path}: {len(found.items)} {what}", *found.notes]:
             self.note(note)
+        for earlier, asked in self.asked.items():
+            if shared := sum(row in asked for row in found.asked):
+                self.note(
+                    f"warning: {shared} of the {len(found.asked)} rows of {path} ask what rows of {earlier} ask: "
+                    "figures on them say less of prompts never seen"
+                )
+        self.asked[path] = set(found.asked)
         return found.items
 
     @contextmanager
