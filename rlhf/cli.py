@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
-from rlhf.errors import DataError, OutputError, RlhfError, UsageError
+from rlhf.errors import DataError, OutputError, RlhfError, UsageError, without_secrets
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception:  # our own bug: the only traceback a user sees, with the code that says so
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
         print("rlhf: this is a bug of rlhf, not of yours; please report it with the lines above", file=sys.stderr)
         return 70
 

@@ -6,11 +6,33 @@ Only a bug of our own ends in a traceback (exit code 70).
 
 from __future__ import annotations
 
+import os
+import re
+
+USERINFO = re.compile(r"(:/{1,2})[^/?#\s]+@")
+"""What stands before the host in a URL (RFC 3986, section 3.2.1): a user, a password, or a token in place of both. Where somebody
+took the URL for a path, one of its slashes is gone."""
+SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSW(OR)?D|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+"""In the name of an environment variable whose value nobody else may read."""
+SHORTEST_SECRET = 8
+"""Characters; shorter values are settings (`true`), and stand in texts by chance."""
+
+
+def without_secrets(text: str) -> str:
+    """The text as it may stand in a log: userinfo of URLs and values of secret environment variables are left out."""
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and SECRET.search(name):
+            text = text.replace(value, f"${name}")
+    return USERINFO.sub(r"\1***@", text)
+
 
 class RlhfError(Exception):
     """Base of every error we raise on purpose; `exit_code` follows sysexits.h where it has a meaning for us."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class CheckFailed(RlhfError):

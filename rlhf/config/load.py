@@ -19,7 +19,7 @@ from rlhf.config import fields, tree
 from rlhf.config.fields import Field, dotted
 from rlhf.config.sections import Section
 from rlhf.config.tree import COMMAND_LINE, Mistake, given
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, without_secrets
 
 Config = TypeVar("Config", bound=Section)
 
@@ -43,6 +43,7 @@ def load(
     mistakes: list[Mistake] = []
     root = tree.read(_text(file), str(file), mistakes) if file else tree.Mapping(COMMAND_LINE)
     _put_flags(cls, root, overrides, other_flags, mistakes)
+    mistakes.extend(_secrets(root, ()))
     try:
         config = cls.model_validate_json(json.dumps(_plain(Field("section", section=cls), root)), strict=True)
     except ValidationError as error:
@@ -51,6 +52,23 @@ def load(
     if mistakes:
         raise _as_error(mistakes)
     return config
+
+
+def _secrets(node: tree.Node, path: fields.Path) -> Iterator[Mistake]:
+    """A config is written into run.json and printed, so it is no place for a secret."""
+    match node:
+        case tree.Mapping(children=children, keys=keys):
+            for name, place in keys.items():
+                yield from _secrets(tree.Scalar(place, name), path)
+            for name, child in children.items():
+                yield from _secrets(child, (*path, name))
+        case tree.Sequence(items=items):
+            for index, item in enumerate(items):
+                yield from _secrets(item, (*path, index))
+        case tree.Scalar(place=place, text=text) if without_secrets(text) != text:
+            yield Mistake(
+                place, dotted(path), "holds a secret, which run.json would keep; leave it to the environment (HF_TOKEN)"
+            )
 
 
 def to_json(config: Section) -> str:

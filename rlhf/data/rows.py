@@ -156,4 +156,3 @@ def _reasons(problems: list[Problem]) -> str:
 
 def _count(number: int) -> str:
     return "1 row" if number == 1 else f"{number} rows"
-

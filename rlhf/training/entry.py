@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from rlhf.config.parse import Invocation, parse
-from rlhf.errors import RlhfError, UsageError
+from rlhf.errors import RlhfError, UsageError, without_secrets
 
 
 def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
@@ -23,5 +23,5 @@ def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
         print(f"rlhf: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception:  # our own bug: the only traceback a user sees, with the code that says so
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
         sys.exit(70)
