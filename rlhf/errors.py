@@ -10,9 +10,9 @@ import os
 import re
 
 USERINFO = re.compile(r"(:/{1,2})[^/?#\s]+@")
-"""What stands before the host in a URL (RFC 3986, section 3.2.1): a user, a password, or a token in place of both. Where somebody
-took the URL for a path, one of its slashes is gone."""
-SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSW(OR)?D|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+"""What stands before the host in a URL (RFC 3986, section 3.2.1): a user, a password, or a token in place of both. Where the
+URL was taken for a path, one of its slashes is gone."""
+SECRET = re.compile(r"TOKEN(?!IZ|S)|SECRET|PASSW(OR)?D|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 """In the name of an environment variable whose value nobody else may read."""
 SHORTEST_SECRET = 8
 """Characters; shorter values are settings (`true`), and stand in texts by chance."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +180,17 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-READERS: dict[fields.Form, Callable[[str], Any]] = {"boolean": _boolean, "integer": int, "number": float}
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    if "_" in text or not text.isascii():  # Python reads 1_000 and the digits of every script
+        raise ValueError(text)
+    return kind(text)
+
+
+READERS: dict[fields.Form, Callable[[str], Any]] = {
+    "boolean": _boolean,
+    "integer": partial(_number, int),
+    "number": partial(_number, float),
+}
 
 
 def _explain(cls: type[Section], root: tree.Mapping, error: ValidationError) -> Iterator[Mistake]:

@@ -21,7 +21,7 @@ from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.config.sections import Section
-from rlhf.errors import UsageError
+from rlhf.errors import ConfigError, UsageError
 
 Config = TypeVar("Config", bound=Section, covariant=True)
 SCHEMAS: dict[str, type[Section]] = {**STAGES, **COMMANDS}
@@ -123,9 +123,12 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         )
     name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
     file = None if name is None else find_config(name)
+    config = load(SCHEMAS[stage], file, words.overrides, [flag.name for flag in _flags(stage)])
+    if "unit-test" in words.own:
+        _require_precise(config)
     return Invocation(
         stage=stage,
-        config=load(SCHEMAS[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
+        config=config,
         config_file=file,
         launch=words.own.get("launch", "auto"),
         nproc=nproc,
@@ -140,6 +143,13 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
 
 def _flags(stage: str) -> Iterator[Flag]:
     return (flag for flag in FLAGS if stage in flag.only)
+
+
+def _require_precise(config: Any) -> None:
+    if config.precision == "bf16":
+        raise ConfigError("precision: the unit test compares numbers closer than bf16 can tell apart; use fp32 or fp64")
+    if config.fp8.recipe != "none":
+        raise ConfigError("fp8.recipe: the unit test compares numbers closer than FP8 can tell apart; use `none`")
 
 
 def _sort(stage: str, argv: Sequence[str]) -> _Words:

@@ -44,7 +44,11 @@ def resolve(spec: str, role: Role = "model") -> Source:
         DataError: nothing of the kind is there; the message says what was looked for.
     """
     path = Path(spec)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"{spec}: no such model: {error.strerror}") from error
+    if is_directory:
         return _in_directory(path, role)
     if path.is_file():
         if path.suffix != ".gguf":

@@ -202,7 +202,11 @@ def _is_no_model(name: str, spec: str) -> bool:
 
 
 def _digest_of_file(path: Path, field: str) -> str:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"{field}no file {path}: {error.strerror}") from error
+    if not found:
         raise DataError(f"{field}no file {path}" + (" (it is a directory)" if path.is_dir() else ""))
     return file_digest(path)
 
