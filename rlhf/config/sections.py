@@ -10,7 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Place = Annotated[str, AfterValidator(expanduser)]
+
+
+def _place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path may")
+    return expanduser(text)
+
+
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class Section(BaseModel):
