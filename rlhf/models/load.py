@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rlhf.checkpoints.pickles import UnpicklingError, forbidden
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import gguf, megatron
 from rlhf.models.heads import HEAD, initialise_head
@@ -171,6 +172,8 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, replace(loading, nf4=False)))
         except SafetensorError as error:
             raise DataError(_corrupt(adapter.parent, error)) from error
+        except UnpicklingError as error:
+            raise DataError(f"{source.path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     config = _config(source, loading.trust_remote_code, **changes)
     try:
         return factory.from_pretrained(
@@ -185,6 +188,8 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
         )
     except SafetensorError as error:
         raise DataError(_corrupt(Path(source.path), error)) from error
+    except UnpicklingError as error:
+        raise DataError(f"{source.path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(source, error) or DataError(
             f"{source.path}: transformers cannot open it: {_first_line(error)}"

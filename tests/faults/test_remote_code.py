@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import command, flags, run
+from hostile import Runs
 
 from rlhf.cli import main
 from rlhf.config.parse import parse
@@ -167,3 +170,14 @@ def test_code_that_is_not_beside_the_weights_is_refused_even_so(place: Path, ref
     changed(place / "model" / "config.json", auto_map=AUTO_MAP | {"AutoModelForCausalLM": reference})
     with pytest.raises(DataError, match="does not lie beside the weights"):
         check_remote_code(Source("directory", str(place / "model"), None, None), trusted=True)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_pickle_in_the_place_of_weights_runs_nothing(world: Path, tmp_path: Path, stage: str) -> None:
+    place, log = Path(shutil.copytree(world, tmp_path / "world")), tmp_path / "log"
+    (place / "model" / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Runs(os.mkdir, str(tmp_path / "it-ran"))}, place / "model" / "pytorch_model.bin")
+    assert run(stage, flags(stage, place, tmp_path / "run"), log) == 65, log.read_text()
+    assert not (tmp_path / "it-ran").exists()
+    assert "refused, nothing of it was run: it wants posix.mkdir" in log.read_text()
+    assert "weights_only" not in log.read_text(), "torch's advice is to run it"
