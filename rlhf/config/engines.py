@@ -20,10 +20,8 @@ class Engine(NamedTuple):
         return cls(f"zero{stage}", stage)
 
 
-def require_fit(config: Stage, engine: Engine, processes: int) -> None:
+def require_fit(config: Stage, engine: Engine) -> None:
     """Raises ConfigError where the engine cannot do what the config asks for."""
-    if engine.divides and processes == 1:
-        raise ConfigError("the launch file asks for ZeRO or FSDP, and one process has nobody to divide with: give --nproc 2")
     if engine.name.startswith("zero") and config.precision == "fp64":
         raise ConfigError("precision fp64: DeepSpeed keeps its state in float32; use --launch ddp or fsdp")
     if engine.divides and config.fp8.recipe != "none" and config.fp8.probe.every:

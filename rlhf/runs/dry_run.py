@@ -23,7 +23,7 @@ def describe(invocation: Invocation) -> dict[str, Any]:
     how = invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
     commands = [command(*how, replace(machines, rank=rank)) for rank in range(machines.count)]
     _, env = commands[0]
-    require_together(invocation, int(env["RLHF_EXPECTED_WORLD_SIZE"]))
+    require_together(invocation)
     return {
         "stage": invocation.stage,
         "config": config.model_dump(mode="json"),
@@ -33,10 +33,10 @@ def describe(invocation: Invocation) -> dict[str, Any]:
     }
 
 
-def require_together(invocation: Invocation, processes: int) -> None:
+def require_together(invocation: Invocation) -> None:
     """Raises ConfigError where the config does not go with the launch file's engine, or names columns its rows do not have."""
     data = invocation.config.data
-    require_fit(invocation.config, engine_of(invocation.launch), processes)
+    require_fit(invocation.config, engine_of(invocation.launch))
     Schema.of(ROWS[invocation.stage], data.columns, getattr(data, "json_key", None), data.extra_columns)
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from rlhf.config.engines import Engine as DividingEngine
+from rlhf.config.engines import Engine as Named
 from rlhf.config.engines import require_fit
 from rlhf.config.schema import Stage
 from rlhf.errors import ConfigError
@@ -82,9 +82,10 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
         raise ConfigError(f"{expected} processes were asked for, the launcher started {accelerator.num_processes}")
     if not deepspeed and not fsdp:
         return accelerator, DataParallel(accelerator)
-    require_fit(config, DividingEngine("fsdp" if fsdp else "zero1", 1), accelerator.num_processes)
+    if not torch.distributed.is_initialized():
+        raise ConfigError("the launch file asks for ZeRO or FSDP, and one process has nobody to divide with: give --nproc 2")
     engine = _fsdp(accelerator) if fsdp else _zero(config, accelerator)
-    require_fit(config, DividingEngine(engine.name, 3 if "weights" in engine.divided else 1), accelerator.num_processes)
+    require_fit(config, Named(engine.name, len(engine.divided)))
     return accelerator, engine
 
 
@@ -117,6 +118,9 @@ class Peer(NamedTuple):
     reach: str
     """Equal for processes that see each other's pids; names of hosts may be equal on different ones."""
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
     @classmethod
     def this(cls, rank: int) -> Peer:
         return cls(rank, socket.gethostname(), os.getpid(), _reach())
@@ -126,12 +130,22 @@ def lost(peers: Sequence[Peer], seconds: float = 0.0) -> str:
     """Names a process that this one could see and that is gone, waiting so long for one to be; or an empty string."""
     deadline = time.monotonic() + seconds
     while True:
-        for peer in peers:
-            if peer.reach == _reach() and not _is_alive(peer.pid):
-                return f"rank {peer.rank} (pid {peer.pid} on {peer.host}) is gone"
+        for peer in _in_sight(peers):
+            if _status(peer.pid) in ("", psutil.STATUS_ZOMBIE):
+                return f"{peer} is gone"
         if time.monotonic() >= deadline:
             return ""
         time.sleep(0.05)
+
+
+def stopped(peers: Sequence[Peer]) -> str:
+    """Names a process that this one can see and that a signal has stopped; or an empty string."""
+    found = (peer for peer in _in_sight(peers) if _status(peer.pid) == psutil.STATUS_STOPPED)
+    return next((f"{peer} is stopped" for peer in found), "")
+
+
+def _in_sight(peers: Sequence[Peer]) -> list[Peer]:
+    return [peer for peer in peers if peer.reach == _reach()]
 
 
 def _reach() -> str:
@@ -139,8 +153,9 @@ def _reach() -> str:
     return f"{boot.read_text()}{namespace.readlink()}" if boot.exists() else socket.gethostname()
 
 
-def _is_alive(pid: int) -> bool:
+def _status(pid: int) -> str:
+    """As psutil says it; empty for a process that is not there."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return ""

@@ -180,7 +180,6 @@ STAGE_CASES = [
     # how to launch
     ("sft", ["--launch=xyzzy"], "--launch xyzzy: no file"),
     ("sft", ["--launch=gpu", "--nproc=2"], "starts one process, --nproc asks for 2"),
-    ("sft", ["--launch=zero3", "--nproc=1"], "one process has nobody to divide with: give --nproc 2"),
     ("sft", ["--launch=zero1", "--precision=fp64"], "precision fp64: DeepSpeed keeps its state in float32"),
     ("ppo", ["--launch=fsdp", "--frozen_layers=1"], "frozen_layers must be 0 in PPO with fsdp"),
     ("ppo", ["--launch=zero3", "--lora.rank=4", "--lora.base=nf4"], "lora.base must be `plain` with zero3"),
