@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
-from rlhf.errors import DataError, OutputError, RlhfError, UsageError
+from rlhf.errors import DataError, OutOfMemory, OutputError, RlhfError, UsageError
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -87,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:  # our own bug: the only traceback a user sees, with the code that says so
-        traceback.print_exc()
+    except Exception as error:
+        if full := OutOfMemory.behind(error, "close other programs, or use a machine with more"):
+            print(f"rlhf: error: {full}", file=sys.stderr)
+            return full.exit_code
+        traceback.print_exc()  # our own bug: the only traceback a user sees, with the code that says so
         print("rlhf: this is a bug of rlhf, not of yours; please report it with the lines above", file=sys.stderr)
         return 70
 

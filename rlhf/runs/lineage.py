@@ -36,8 +36,8 @@ INPUT_FIELDS = {
 SCORERS = "eval.scorers"
 """A list of functions; each is an input by the name `eval.scorers[0]` and so on."""
 
-# Config sections that say where and how often to write, not what is computed.
-OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
+# Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
+OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 
 # What the last bits of a run in progress hang on. A finished result stays what it is on another machine.
 MACHINE_FIELDS = ("world_size", "threads", "versions.torch", "versions.transformers")

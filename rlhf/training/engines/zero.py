@@ -35,6 +35,9 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
+OFFLOADS = {"weights": "offload_param", "optimizer": "offload_optimizer"}
+
+
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
     """Without values that are `auto`. Raises ConfigError for what is the stage's config to say, and for no stage of ZeRO."""
     config = _without_auto(config)
@@ -61,6 +64,10 @@ class Zero:
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.divided: frozenset[str] = frozenset(("optimizer", "gradients", "weights")[: self.stage])
+        zero: dict[str, Any] = config["zero_optimization"]
+        self.offloaded = frozenset(
+            what for what, key in OFFLOADS.items() if (zero.get(key) or {}).get("device") in ("cpu", "nvme")
+        )
         settings = {key: value for key, value in config.items() if key != "train_batch_size"}
         self.config: dict[str, Any] = settings | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
 
