@@ -41,8 +41,9 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     check_output(run)
     if keeps_books:
         check_unlocked(run)
-    world_size, threads = int(env["RLHF_EXPECTED_WORLD_SIZE"]), int(env["OMP_NUM_THREADS"])
-    state = state_of(run, stage, config, world_size, threads, invocation.allow_inexact_resume)
+    world_size = int(env["RLHF_EXPECTED_WORLD_SIZE"])
+    machine = {"world_size": world_size, "threads": int(env["OMP_NUM_THREADS"])}
+    state = state_of(run, stage, config, machine, invocation.resume.allow_inexact)
     if state == "done":
         if keeps_books:
             _say_done(run)

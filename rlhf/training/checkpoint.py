@@ -39,6 +39,8 @@ class Checkpoint:
 
     directory: Path
     step: int
+    why: str = ""
+    """How it was chosen, in words."""
 
     def tensors(self, name: str, optional: bool = False) -> dict[str, Tensor]:
         """Of the file of that name; if it is `optional`, none where the run had nothing to put there."""
@@ -97,11 +99,15 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
     return final
 
 
-def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; leftovers of a kill are cleared away.
 
+    Args:
+        named: the step that the user wants to go on from; it must be that of the newest.
+
     Raises:
-        DataError: there are checkpoints and none verifies; starting over silently would lose the run.
+        DataError: there are checkpoints and none verifies, since starting over silently would lose the run; or the newest is
+            not the one that was named.
     """
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
@@ -109,13 +115,19 @@ def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for step, directory in found:
         fault = verify(directory)
         if not fault:
-            return Checkpoint(directory, step)
+            if named is not None and named != step:
+                raise DataError(
+                    f"step-{named} was named to go on from, and {directory} is the newest that verifies; "
+                    f"move what is newer than step-{named} out of {root}, or name the run alone"
+                )
+            names = ", ".join(path.name for _, path in found)
+            return Checkpoint(directory, step, f"of {names}, the highest step that verifies")
         aside = directory.with_name(f"{directory.name}.corrupt")
         if aside.exists():
             shutil.rmtree(aside)
         directory.rename(aside)
         say(f"{directory} is corrupt ({fault}); kept as {aside.name} and passed over")
-    if found or any(root.glob("*.corrupt")):
+    if found or named is not None or any(root.glob("*.corrupt")):
         raise DataError(f"{root}: no checkpoint verifies; remove the directory to start over, or restore one")
     return None
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from rlhf.config.parse import Resume
 from rlhf.config.schema import Stage
+from rlhf.data.templates import TOKENIZER
 from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError
 from rlhf.report.console import Console
-from rlhf.runs.lineage import differences, fingerprint, inputs_of, state_of
+from rlhf.runs.lineage import MACHINE, differences, fingerprint, inputs_of, state_of
 from rlhf.runs.lock import run_lock
 from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, versions, write_json, write_status
 from rlhf.training.preflight import all_reduce_speed
@@ -34,7 +36,7 @@ CLOSED = ("connection reset", "connection closed", "connection refused", "broken
 
 
 @contextmanager
-def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
+def open_training(stage: str, config: Stage, resume: Resume | None = None) -> Iterator[Training]:
     """Opens the processes and the run directory; whatever happens inside ends up in status.json.
 
     Raises:
@@ -49,7 +51,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
         stack.callback(console.close)
         stop = StopRequest(config.max_hours)
         stack.callback(stop.restore)
-        train = Training(stage, config, accelerator, engine, console, stop, allow_inexact_resume)
+        train = Training(stage, config, accelerator, engine, console, stop, resume or Resume())
         train.peers = train.gather(Peer.this(train.rank))
         stop.end_at_once_if = lambda: lost(train.peers)
         _open_run(train, stack)
@@ -72,7 +74,7 @@ def _open_run(train: Training, stack: ExitStack) -> None:
     """Compares what ranks were given; then rank 0 locks the directory and writes run.json, and the others end as it does."""
     with _ending_together(train):
         manifest = _manifest(train)
-    _require_equal(train, fingerprint(manifest) | _versions(manifest))
+    _require_equal(train, {name: value for name, value in fingerprint(manifest).items() if name != "device"})
     with _ending_together(train):
         if train.is_main:
             stack.enter_context(run_lock(train.run))
@@ -133,21 +135,26 @@ def _manifest(train: Training) -> dict[str, Any]:
     config = train.config
     inputs, resolved = inputs_of(train.stage, config), config.model_dump(mode="json")
     threads, seed = torch.get_num_threads(), config.seed
-    return new_manifest(train.stage, resolved, sys.argv, seed, train.world_size, threads, inputs, versions())
+    machine = train.world_size, threads, inputs, versions(), train.engine.name, _device(train.device)
+    return new_manifest(train.stage, resolved, sys.argv, seed, *machine)
 
 
-def _versions(manifest: dict[str, Any]) -> dict[str, str]:
-    return {f"versions.{name}": version for name, version in manifest["versions"].items()}
+def _device(device: torch.device) -> str:
+    """What rounds: kernels differ between GPUs, and between the instruction sets of CPUs."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _begin(train: Training, manifest: dict[str, Any]) -> None:
-    state = state_of(train.run, train.stage, train.config, train.world_size, manifest["threads"], train.allow_inexact_resume)
+    machine = {name: manifest[name] for name in MACHINE}
+    state = state_of(train.run, train.stage, train.config, machine, train.resume.allow_inexact)
     if state == "done":
         train.note(f"{train.run} is finished already")
         raise SystemExit(0)
     if state == "resume":
         before = read_json(train.run / MANIFEST)
-        manifest["started"] = before["started"]
+        manifest |= {name: before[name] for name in ("started", *TOKENIZER) if name in before}
         changes = differences(fingerprint(before), fingerprint(manifest))
         manifest["inexact_resumes"] = before.get("inexact_resumes", []) + ([changes] if changes else [])
     train.manifest = manifest

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.parse import Resume
 from rlhf.config.schema import Optimizer, Schedule, Stage
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
@@ -30,6 +31,7 @@ from rlhf.fp8.state import advance, forget_weights, fp8_layers, fp8_state, load_
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
+from rlhf.runs.lineage import differences, inexact
 from rlhf.runs.manifest import MANIFEST, finish, write_json
 from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches, rank_of_rows
@@ -59,11 +61,11 @@ class Training:
         engine: Engine,
         console: Console,
         stop: StopRequest,
-        allow_inexact_resume: bool = False,
+        resume: Resume,
     ) -> None:
         self.stage, self.config, self.console, self.stop = stage, config, console, stop
         self.accelerator, self.engine = accelerator, engine
-        self.allow_inexact_resume = allow_inexact_resume
+        self.resume = resume
         self.run = Path(config.output)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
@@ -144,7 +146,14 @@ class Training:
             yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.manifest |= tokenizer_digests(tokenizer)
+        """Raises DataError where a run in progress was begun with another one: a model may have only a name."""
+        now = tokenizer_digests(tokenizer)
+        changes = differences({name: self.manifest.get(name, digest) for name, digest in now.items()}, now)
+        if changes and not self.resume.allow_inexact:
+            raise inexact(self.run, self.stage, changes)
+        if changes:
+            self.manifest["inexact_resumes"] = [*self.manifest.get("inexact_resumes", []), changes]
+        self.manifest |= now
         if self.is_main:
             write_json(self.run / MANIFEST, self.manifest)
 
@@ -363,7 +372,7 @@ class Training:
     def _resume(self) -> dict[str, Tensor]:
         """Restores all but the optimizer's state, which is returned: weights go in before the engine takes the model over."""
         root = self.run / "checkpoints"
-        found = checkpoint.latest(root, self.note) if self.is_main else None
+        found = checkpoint.latest(root, self.note, self.resume.step) if self.is_main else None
         self._wait_for_main()
         step = self.gather(found and found.step)[0]
         if not self.is_main and step is not None:
@@ -382,14 +391,14 @@ class Training:
                 parameter.copy_(weights[name])
         if fp8_state(self.all_models()):
             saved = found.tensors("fp8", optional=True)
-            load_fp8_state(self.all_models(), saved, strict=not self.allow_inexact_resume)
-        if self.allow_inexact_resume and (fresh := uncalibrated(self.policy)):
+            load_fp8_state(self.all_models(), saved, strict=not self.resume.allow_inexact)
+        if self.resume.allow_inexact and (fresh := uncalibrated(self.policy)):
             self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
         own = state["training"]
         self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
         for name, value in self.states.items():
             value.load_state_dict(state[name])
-        self.note(f"goes on from {found.directory}, the newest checkpoint that verifies ({self.step_done} steps done)")
+        self.note(f"goes on from {found.directory}: {found.why}")
         return found.tensors("optimizer")
 
     def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:
