@@ -137,7 +137,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             experience, stats = credit(experience, config, kl.coef, running)
             train.stats.put(stats)
             find = partial(found_again, experience, asked, roles.tokenizer, config.reward.source)
-            usable = train.finite(watched(experience), find, config.ppo.minibatch_size)
+            usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 if fp8_is_on(roles.policy):

@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf.errors import CheckFailed
 from rlhf.fp8.state import recorded_magnitudes, take_back_magnitudes
 from rlhf.runs.manifest import write_json
+from rlhf.training.accumulation import rank_of_rows
 
 if TYPE_CHECKING:
     from rlhf.training.session import Training
@@ -75,18 +76,19 @@ class NonFinite:
         self._refuse("loss" if of_loss else "gradient norm", self.train.gather(own))
         return False
 
-    def accepts_all(self, quantities: Mapping[str, Tensor], describe: Describe, rank_of: Sequence[int]) -> bool:
-        """Whether every number is finite; the first quantity that has another is the one that is named.
+    def allows(self, quantities: Mapping[str, Tensor], describe: Describe, minibatch_size: int) -> bool:
+        """Whether all that an iteration of PPO learns from is finite; the first quantity that is not is the one that is named.
 
         Args:
             quantities: name -> (B,) or (B, T), the same on all ranks.
             describe: of a row's index; also for losses, until the step ends.
-            rank_of: (B,) who computed a row.
+            minibatch_size: rows among which the ranks divided the scoring.
 
         Raises:
-            CheckFailed: one is not, and the run is to end.
+            CheckFailed: it is not, and the run is to end.
         """
         self.describe = describe
+        rank_of = rank_of_rows(len(next(iter(quantities.values()))), minibatch_size, self.train.world_size)
         for name, values in quantities.items():
             bad = ~values.isfinite().view(len(values), -1)
             if not bad.any():

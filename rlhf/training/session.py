@@ -34,11 +34,11 @@ from rlhf.report.stats import Stats
 from rlhf.runs.lineage import differences, inexact
 from rlhf.runs.manifest import MANIFEST, finish, write_json
 from rlhf.training import checkpoint
-from rlhf.training.accumulation import MicroBatch, micro_batches, rank_of_rows
+from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided, require_memory
-from rlhf.training.non_finite import Describe, NonFinite, finite_only
+from rlhf.training.non_finite import NonFinite, finite_only
 from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
@@ -231,20 +231,6 @@ class Training:
             self.stats.add("optimizer/grad_norm", norm)
         return taken
 
-    def finite(self, quantities: Mapping[str, Tensor], describe: Describe, minibatch_size: int) -> bool:
-        """Whether all that an iteration of PPO learns from is finite; if not, it takes no update.
-
-        Args:
-            quantities: name -> (B,) or (B, T), the same on all ranks.
-            describe: of a row's index, what lets a person find it.
-            minibatch_size: rows among which ranks divided the scoring.
-
-        Raises:
-            CheckFailed: it is not, and `non_finite` has that end the run.
-        """
-        count = len(next(iter(quantities.values())))
-        return self.non_finite.accepts_all(quantities, describe, rank_of_rows(count, minibatch_size, self.world_size))
-
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
@@ -325,11 +311,7 @@ class Training:
     ) -> dict[str, float]:
         """Writes a metrics line of its own, and samples: an evaluation of the weights after `step` steps.
 
-        Returns:
-            what was written: with `non_finite.action: skip`, what is finite.
-
-        Raises:
-            CheckFailed: a value is not finite.
+        Returns what of the values was written: what is finite.
         """
         values = self.non_finite.evaluated(step, values)
         if self.is_main:

@@ -4,119 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from broken import Fault, in_advantage, in_kl, in_loss, in_score, infinite_gradient
 from harness import flags, metrics, run, start_on, wait
 from safetensors.torch import load_file
 
 from rlhf.functional.masked import Moments
 from rlhf.training.accumulation import rank_of_rows, scoring_micro_batches
-from rlhf.training.session import Training
 
 STEPS, FAULT = 4, 2
 """The third step of four meets the fault: metrics and messages count from 1."""
 
 MORE = {"schedule__length": STEPS, "checkpoint__keep": 9, "micro_batch_size": 9, "data__eval": "null"}
-
-
-# ---- faults ----------------------------------------------------------------------------------------------------------
-
-
-class Fault:
-    """Breaks a stage at some of its steps, on one rank (of several optimizer steps: at the second)."""
-
-    def __init__(self, break_: Callable[[ModuleType, Fault], None], steps=(FAULT,), rank: int = 0) -> None:
-        self.break_, self.steps, self.rank, self.step, self.calls = break_, steps, rank, -1, 0
-
-    def __call__(self, module: ModuleType) -> None:
-        plain = Training.one_step
-
-        def one_step(train):
-            for step in plain(train):
-                self.step, self.calls = step, 0
-                yield step
-
-        Training.one_step = one_step  # type: ignore[method-assign]
-        self.break_(module, self)
-
-    def is_now(self) -> bool:
-        return self.step in self.steps and int(os.environ.get("RANK", "0")) == self.rank
-
-
-LOSSES = {"sft": "sft_loss", "rm": "bradley_terry_loss", "ppo": "ppo_loss"}
-
-
-def in_loss(change: Callable[[torch.Tensor], torch.Tensor]):
-    def break_(module: ModuleType, fault: Fault) -> None:
-        name = next(name for name in LOSSES.values() if hasattr(module, name))
-        plain = getattr(module, name)
-
-        def broken(*arguments, **named):
-            found = plain(*arguments, **named)
-            loss = found[0] if isinstance(found, tuple) else found
-            fault.calls += loss.requires_grad
-            if not fault.is_now() or not loss.requires_grad or fault.calls != (2 if name == "ppo_loss" else 1):
-                return found
-            return (change(loss), *found[1:]) if isinstance(found, tuple) else change(loss)
-
-        setattr(module, name, broken)
-
-    return break_
-
-
-def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
-    loss = loss * 1.0
-    loss.register_hook(lambda gradient: gradient * math.inf)
-    return loss
-
-
-def in_score(module: ModuleType, fault: Fault) -> None:
-    plain = module.open_reward
-
-    def open_reward(*arguments):
-        reward = plain(*arguments)
-
-        def broken(*of):
-            scores = reward(*of)
-            if fault.is_now():
-                scores[1] = math.nan
-            return scores
-
-        return broken
-
-    module.open_reward = open_reward
-
-
-def in_kl(module: ModuleType, fault: Fault) -> None:
-    plain = module.score
-
-    def score(*arguments):
-        found = plain(*arguments)
-        if fault.is_now():
-            found.reference_logprobs[1, 0] = -math.inf
-        return found
-
-    module.score = score
-
-
-def in_advantage(module: ModuleType, fault: Fault) -> None:
-    plain = module.credit
-
-    def credit(*arguments):
-        found, stats = plain(*arguments)
-        if fault.step in fault.steps:  # every rank has all of it
-            advantages = found.advantages.clone()
-            advantages[fault.rank, 0] = math.inf  # rank r has row r of a minibatch
-            found = replace(found, advantages=advantages)
-        return found, stats
-
-    module.credit = credit
 
 
 # The NaN of the first is added, so that the gradient of the loss itself is finite; infinity times a loss is infinite in both.
@@ -134,7 +36,8 @@ CASES = {
 FILES = {"sft": "sft.jsonl", "rm": "pairs.jsonl", "ppo": "prompts.jsonl"}
 
 
-def go(processes: int, stage: str, arguments: list[str], log: Path, fault: Fault | None = None, engine: str = "ddp") -> set[int]:
+def go(processes: int, stage: str, arguments: list[str], log: Path, fault=None, engine: str = "ddp") -> set[int]:
+    """Exit codes."""
     return {wait(pid) for pid in start_on(processes, stage, arguments, log, fault, engine=engine)}
 
 
@@ -209,7 +112,7 @@ def require_its_rows(case: str, processes: int, world: Path, output: Path, actio
 def ends_the_run(case: str, processes: int, world: Path, clean: dict[str, Path], directory: Path, engine: str = "ddp") -> None:
     stage, quantity, break_ = CASES[case]
     output, log, arguments = directory / "run", directory / "log", flags(stage, world, directory / "run", **MORE)
-    fault = Fault(break_, rank=processes - 1)
+    fault = Fault(break_, [FAULT], rank=processes - 1)
     assert go(processes, stage, arguments, log, fault, engine) == {1}, log.read_text()
     said = log.read_text()
     assert f"step 3: {quantity} is " in said
@@ -235,7 +138,7 @@ def is_skipped(case: str, processes: int, world: Path, clean: dict[str, Path], d
         return flags(stage, world, to, **more, **extra)
 
     def fault() -> Fault:
-        return Fault(break_, rank=processes - 1)
+        return Fault(break_, [FAULT], rank=processes - 1)
 
     assert go(processes, stage, arguments(output), log, fault()) == {0}, log.read_text()
     assert "skipped, 1 in a row (3 are allowed)" in log.read_text()
@@ -292,7 +195,8 @@ def test_every_engine_skips_as_ddp_does(case, engine, world, tmp_path):
     stage, _, break_ = CASES[case]
     more, log, found = {**MORE, "non_finite__action": "skip", "optimizer__eps": 1e-4}, tmp_path / "log", []
     for name in ("ddp", engine):
-        assert go(2, stage, flags(stage, world, tmp_path / name, **more), log, Fault(break_, rank=1), name) == {0}, log.read_text()
+        fault, arguments = Fault(break_, [FAULT], rank=1), flags(stage, world, tmp_path / name, **more)
+        assert go(2, stage, arguments, log, fault, name) == {0}, log.read_text()
         require_its_rows(case, 2, world, tmp_path / name, "skip")
         weights = [load_file(path) for path in sorted((tmp_path / name / "checkpoints").glob("step-*/model.safetensors"))]
         found.append((metrics(tmp_path / name), weights))
@@ -332,9 +236,9 @@ def test_too_many_in_a_row_are_an_error(stopped, world, clean, tmp_path):
 def test_a_run_that_ended_may_go_on_by_skipping(world, tmp_path):
     log, break_ = tmp_path / "log", CASES["sft-loss"][2]
     skip = {"non_finite__action": "skip"}
-    assert run("sft", flags("sft", world, tmp_path / "run", **MORE), log, Fault(break_)) == 1
-    assert run("sft", flags("sft", world, tmp_path / "run", **MORE, **skip), log, Fault(break_)) == 0, log.read_text()
-    assert run("sft", flags("sft", world, tmp_path / "skips", **MORE, **skip), log, Fault(break_)) == 0
+    assert run("sft", flags("sft", world, tmp_path / "run", **MORE), log, Fault(break_, [FAULT])) == 1
+    assert run("sft", flags("sft", world, tmp_path / "run", **MORE, **skip), log, Fault(break_, [FAULT])) == 0, log.read_text()
+    assert run("sft", flags("sft", world, tmp_path / "skips", **MORE, **skip), log, Fault(break_, [FAULT])) == 0
     assert results(tmp_path / "run") == results(tmp_path / "skips")
 
 
@@ -342,7 +246,7 @@ def test_scales_of_fp8_know_nothing_of_it(llamas, tmp_path):
     """A magnitude of infinity in the history of delayed scaling would hold every scale for as long as that is."""
     log, output = tmp_path / "log", tmp_path / "run"
     more = {**MORE, "fp8__recipe": "delayed", "fp8__amax_history": 3, "non_finite__action": "skip"}
-    fault = Fault(in_loss(infinite_gradient))
+    fault = Fault(in_loss(infinite_gradient), [FAULT])
     assert run("sft", flags("sft", llamas, output, **more), log, fault) == 0, log.read_text()
     states = [load_file(output / "checkpoints" / f"step-{step}" / "fp8.safetensors") for step in (2, 3, 4)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -355,7 +259,8 @@ def source(request, tmp_path):
     """A reward of a user's, or of a model, with a NaN among its second scores: with no evaluation, those of step 2."""
     if request.param == "function":
         text = "calls = []\ndef mine(responses):\n    calls.append(1)\n    bad = len(calls) == 2\n"
-        (tmp_path / "mine.py").write_text(text + "    return [float('nan') if bad and i == 3 else 1.0 * len(r) for i, r in enumerate(responses)]\n")
+        text += "    return [float('nan') if bad and i == 3 else 1.0 * len(r) for i, r in enumerate(responses)]\n"
+        (tmp_path / "mine.py").write_text(text)
         return f"{tmp_path}/mine.py:mine", None
     from rlhf.models.roles import RewardModel
 
