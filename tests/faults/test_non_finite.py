@@ -240,6 +240,7 @@ def test_a_run_that_ended_may_go_on_by_skipping(world, tmp_path):
     assert run("sft", flags("sft", world, tmp_path / "run", **MORE, **skip), log, Fault(break_, [FAULT])) == 0, log.read_text()
     assert run("sft", flags("sft", world, tmp_path / "skips", **MORE, **skip), log, Fault(break_, [FAULT])) == 0
     assert results(tmp_path / "run") == results(tmp_path / "skips")
+    assert [line.get("optimizer/skipped") for line in metrics(tmp_path / "run")] == [None, None, 1.0, None]
 
 
 def test_scales_of_fp8_know_nothing_of_it(llamas, tmp_path):

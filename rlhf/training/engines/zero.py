@@ -35,7 +35,8 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
-OFFLOADS = {"weights": "offload_param", "optimizer": "offload_optimizer"}
+OFFLOADS = {"weights": "offload_param", "gradients": "offload_optimizer", "optimizer": "offload_optimizer"}
+"""A part of the state -> the section of a DeepSpeed file that moves it to the host: gradients go where the moments are."""
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
