@@ -99,6 +99,21 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
     return final
 
 
+def require_room(root: Path, checkpoint_bytes: int, count: int, result_bytes: int) -> None:
+    """Raises StorageError where the disk has no room for what a run is sure to write.
+
+    Args:
+        count: checkpoints that will be there at once; those that are there already are in place.
+    """
+    missing = max(0, count - len(_numbered(root)))
+    needed, free = missing * checkpoint_bytes + result_bytes, shutil.disk_usage(root.parent).free
+    if needed > free:
+        raise StorageError(
+            f"{root.parent}: {needed:,} bytes are needed ({missing} checkpoints of {checkpoint_bytes:,}, and the result), "
+            f"{free:,} are free; make room, or lower checkpoint.keep"
+        )
+
+
 def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; leftovers of a kill are cleared away.
 

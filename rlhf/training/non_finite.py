@@ -38,6 +38,7 @@ class NonFinite:
 
     def __init__(self, train: Training) -> None:
         self.train, self.config, self.in_a_row = train, train.config.non_finite, 0
+        self.items: Sequence[Any] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}
@@ -51,9 +52,9 @@ class NonFinite:
         self.describe: Describe = described
         self.magnitudes = recorded_magnitudes(self.train.policy)
 
-    def watched(self, loss: Tensor, items: Sequence[Any]) -> Tensor:
-        """The loss of a micro-batch; where it is not finite, with a gradient of NaN. Stays on the device."""
-        self.losses.append((items, loss.detach()))
+    def watched(self, loss: Tensor) -> Tensor:
+        """The loss of the micro-batch of `items`; where it is not finite, with a gradient of NaN. Stays on the device."""
+        self.losses.append((self.items, loss.detach()))
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss.dtype)
 
     def accepts(self, norm: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ import torch
 from rlhf.config.parse import Resume
 from rlhf.config.schema import Stage
 from rlhf.data.templates import TOKENIZER
-from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError
+from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError, StorageError, disk_failed
 from rlhf.report.console import Console
 from rlhf.runs.lineage import MACHINE, differences, fingerprint, inputs_of, state_of
-from rlhf.runs.lock import run_lock
+from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, versions, write_json, write_status
 from rlhf.training.preflight import all_reduce_speed
-from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes
+from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes, stopped
 from rlhf.training.session import Training
 from rlhf.training.signals import StopRequest
 
@@ -63,7 +64,7 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
                 accelerator.init_trackers(stage)
             yield train
         except BaseException as error:
-            cause = OutOfMemory.behind(error, SMALLER) or _lost_rank(train, error) or error
+            cause = OutOfMemory.behind(error, SMALLER) or _lost_rank(train, error) or _full_disk(train, error) or error
             _record(train, cause)
             if cause is error:
                 raise
@@ -73,6 +74,8 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
 def _open_run(train: Training, stack: ExitStack) -> None:
     """Compares what ranks were given; then rank 0 locks the directory and writes run.json, and the others end as it does."""
     with _ending_together(train):
+        if train.is_main:
+            check_output(train.run)
         manifest = _manifest(train)
     _require_equal(train, {name: value for name, value in fingerprint(manifest).items() if name != "device"})
     with _ending_together(train):
@@ -89,6 +92,10 @@ def _ending_together(train: Training) -> Iterator[None]:
         yield
     except (RlhfError, SystemExit) as error:
         ending = error
+    except OSError as error:
+        ending = _full_disk(train, error)
+        if ending is None:
+            raise
     told = None if ending is None else (getattr(ending, "exit_code", 0), str(ending))
     endings = {rank: one for rank, one in enumerate(train.gather(told)) if one is not None}
     if ending is not None:
@@ -173,8 +180,19 @@ def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
         return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]})")
     if "timed out" in said:
         minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
-        return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone")
+        which = stopped(train.peers) or "it hangs, or its machine is gone"
+        return LostRank(f"no answer from another process for {minutes:.2g} minutes: {which}")
     return None
+
+
+def _full_disk(train: Training, error: BaseException) -> StorageError | None:
+    if isinstance(error, RlhfError) or not disk_failed(error):
+        return None
+    free = shutil.disk_usage(train.run).free
+    return StorageError(
+        f"{train.run}: cannot be written ({error}; {free:,} bytes are free); what was saved is untouched: make room, and run "
+        "the same command again"
+    )
 
 
 def _record(train: Training, error: BaseException) -> None:
@@ -185,4 +203,7 @@ def _record(train: Training, error: BaseException) -> None:
     if status is None or status["state"] == "running":
         state = "preempted" if isinstance(error, Preempted) else "failed"
         reason = str(error).split("\n")[0] or type(error).__name__
-        write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
+        try:
+            write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
+        except OSError as failure:  # what ended the run may keep this from being written, too, and is what must be said
+            print(f"{train.run}: status.json cannot say so: {failure}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided, require_memory
 from rlhf.training.non_finite import NonFinite, finite_only
-from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
+from rlhf.training.optimization import MOMENTS, open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
 
@@ -84,7 +84,6 @@ class Training:
         self.patient: Any = torch.distributed.new_group(backend="gloo", timeout=FILES_TIMEOUT) if self.world_size > 1 else None
         self.step_done, self.tokens_done = 0, 0.0
         self._times: dict[str, float] = {}
-        self._items: list[Any] = []
 
     # ---- what takes part ---------------------------------------------------------------------------------------------
 
@@ -103,6 +102,7 @@ class Training:
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
         require_memory(self)
+        self._require_room(policy)
         optimizer_state = self._resume()
         self._keep_no_whole_weights(policy)
         self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
@@ -197,7 +197,7 @@ class Training:
         """This rank's micro-batches; gradients are exchanged with the last one only."""
         micros = micro_batches(items, size, self.rank, self.world_size)
         for number, micro in enumerate(micros, start=1):
-            self._items = micro.items
+            self.non_finite.items = micro.items
             with self.engine.accumulating(last=number == len(micros)):
                 yield micro
 
@@ -206,16 +206,13 @@ class Training:
 
         The engines average gradients over ranks; the loss is a sum over them, hence the factor.
         """
-        self.engine.backward(self.non_finite.watched(loss, self._items) * self.world_size)
+        self.engine.backward(self.non_finite.watched(loss) * self.world_size)
 
     def optimizer_step(self, tokens: float = 0.0, frozen_roles: Sequence[str] = ()) -> bool:
         """One optimizer step. `tokens` advances a schedule counted in tokens; `frozen_roles` keep their weights to the bit.
 
-        Returns:
-            whether it was taken: not where a loss or the gradient is not finite, and weights and optimizer are as they were.
-
-        Raises:
-            CheckFailed: it was not, and `non_finite` has that end the run.
+        Returns whether it was taken; not where a loss or the gradient is not finite: weights and optimizer are as they were.
+        Raises CheckFailed where `non_finite` has that end the run.
         """
         before = self.progress()
         self.tokens_done += tokens
@@ -309,10 +306,7 @@ class Training:
     def record_evaluation(
         self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
     ) -> dict[str, float]:
-        """Writes a metrics line of its own, and samples: an evaluation of the weights after `step` steps.
-
-        Returns what of the values was written: what is finite.
-        """
+        """Writes a metrics line of its own of what is finite, and returns it: an evaluation of the weights after `step` steps."""
         values = self.non_finite.evaluated(step, values)
         if self.is_main:
             self.metrics.append_once(step, values)
@@ -335,6 +329,14 @@ class Training:
             state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self._wait_for_main()
+
+    def _require_room(self, policy: nn.Module) -> None:
+        weights = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        every, keep = self.config.checkpoint.every, self.config.checkpoint.keep
+        saves = 1 if self.schedule.unit == "tokens" else self.length // every if every else 0
+        if self.is_main:
+            # one more than is kept: the oldest goes when the newest is there
+            checkpoint.require_room(self.run / "checkpoints", (1 + len(MOMENTS)) * weights, min(keep + 1, saves), weights)
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that all ranks put together, in the memory of rank 0's host."""
