@@ -306,7 +306,7 @@ class Training:
     def record_evaluation(
         self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
     ) -> dict[str, float]:
-        """Writes a metrics line of its own of what is finite, and returns it: an evaluation of the weights after `step` steps."""
+        """Writes, and returns, a metrics line of what is finite: an evaluation of the weights after `step` steps."""
         values = self.non_finite.evaluated(step, values)
         if self.is_main:
             self.metrics.append_once(step, values)
