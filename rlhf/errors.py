@@ -61,6 +61,19 @@ class OutOfMemory(RlhfError):
 
     exit_code = 71
 
+    @classmethod
+    def behind(cls, error: BaseException, advice: str) -> OutOfMemory | None:
+        """What Python, torch and the libraries beneath them mean by it, each in its own way; None for any other error."""
+        said = str(error) or "the machine has no more"
+        meant = isinstance(error, RuntimeError | OSError) and any(sign in said for sign in NO_MEMORY)
+        if isinstance(error, cls) or not (meant or isinstance(error, MemoryError)):
+            return None
+        return cls(f"out of memory: {said.splitlines()[0]}\n{advice}")
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In what CUDA, torch's allocator on a CPU, the kernel (ENOMEM), C++ and cuBLAS say."""
+
 
 class OutputError(RlhfError):
     """The output directory cannot be created or written."""

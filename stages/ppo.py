@@ -45,6 +45,7 @@ from rlhf.rollout.experience import Experience, concatenate
 from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
+from rlhf.rollout.watched import found_again, watched
 from rlhf.training import invariants
 from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.entry import run_stage
@@ -118,8 +119,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
             texts = [prompt.text for prompt in asked]
             metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
-            train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
-            return metrics
+            recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
+            return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -135,7 +136,9 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
             train.stats.put(stats)
-            if step == 0:
+            find = partial(found_again, experience, asked, roles.tokenizer, config.reward.source)
+            usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
+            if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
@@ -147,7 +150,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             warming_up = step < config.ppo.critic_warmup
             sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
             with train.phase("update"):
-                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step))):
+                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step)) if usable else ()):
                     tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
                         part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
@@ -156,13 +159,14 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                     if step == count == 0:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
                         checks.require()
-                    train.optimizer_step(frozen_roles=("actor",) if warming_up else ())
+                    if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
+                        continue
                     train.stats.absorb(stats_here)
                     if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
                         break
 
             # 5
-            if roles.reference is not None:
+            if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)

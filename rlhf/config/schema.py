@@ -18,6 +18,7 @@ from rlhf.config.sections import (
     Fraction,
     Lora,
     Model,
+    NonFinite,
     Optimizer,
     Place,
     Positive,
@@ -92,6 +93,7 @@ class Stage(Section):
     them); PPO keeps those once in memory for all roles that have the same ones. 0: everything is trained."""
     lora: Lora = Lora()
     fp8: TrainingFp8 = TrainingFp8()
+    non_finite: NonFinite = NonFinite()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
 

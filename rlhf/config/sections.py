@@ -209,6 +209,15 @@ class Checkpoint(Section):
     """How many of the newest to keep."""
 
 
+class NonFinite(Section):
+    action: Literal["abort", "skip"] = "abort"
+    """A loss, gradient norm, score, KL, advantage or return that is NaN or infinite never reaches the optimizer. abort: it ends
+    the run (exit 1); skip: the step is left out (of PPO, where it is no loss or norm, the iteration's update) and the run goes
+    on. RUN/non_finite/ has the rows."""
+    max_consecutive: Count = 3
+    """skip: how many steps in a row may be left out before it is an error after all."""
+
+
 class Report(Section):
     samples: Annotated[int, Field(ge=0)] = 4
     """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""

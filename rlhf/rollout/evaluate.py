@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def evaluate(
         {
             "prompt": texts[row],
             "response": responses[row],
-            "scores": {name: round(column[row], 4) for name, column in columns.items()},
+            "scores": {name: round(column[row], 4) for name, column in columns.items() if math.isfinite(column[row])},
         }
         for row in range(min(keep, len(texts)))
     ]

@@ -1,6 +1,6 @@
 """Where scores come from: a reward model, a count of one token, or a Python function of the user's.
 
-Every source maps samples to one finite number a reply. Left out: services, ensembles and functions in a process of their own.
+Every source maps samples to one number a reply. Left out: services, ensembles and functions in a process of their own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -126,14 +125,14 @@ def call_by_name(function: Callable[..., Any], source: str, **offered: Any) -> A
 
 
 def checked_scores(scores: Any, count: int, source: str) -> list[float]:
-    """`count` finite floats, or a DataError that names the first that is none."""
+    """`count` floats, or a DataError that names the first that is none; one that is not finite is the run's to judge."""
     if not hasattr(scores, "__len__") or len(scores) != count:
         raise DataError(f"{source}: returned {_described(scores)}, expected a list of {count} numbers")
     for row, score in enumerate(scores):
         if hasattr(score, "item"):  # a number of torch or numpy
             score = score.item()
-        if not isinstance(score, Real) or not math.isfinite(score):
-            raise DataError(f"{source}: the score of reply {row} is {score!r}, expected a finite number; mend the function")
+        if not isinstance(score, Real):
+            raise DataError(f"{source}: the score of reply {row} is {score!r}, expected a number; mend the function")
     return [float(score) for score in scores]
 
 

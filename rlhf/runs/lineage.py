@@ -37,8 +37,8 @@ INPUT_FIELDS = {
 SCORERS = "eval.scorers"
 """A list of functions; each is an input by the name `eval.scorers[0]` and so on."""
 
-# Config sections that say where and how often to write, not what is computed.
-OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
+# Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
+OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 
 MACHINE = ("world_size", "threads", "engine", "device")
 """With the versions of packages, what the last bits of a run in progress hang on. A finished one stays what it is elsewhere."""

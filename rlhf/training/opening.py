@@ -30,6 +30,8 @@ VISIBLE_WITHIN_SECONDS = 30
 """What one machine writes, another sees on NFS after its cache of attributes has aged: 3 to 30 s (nfs(5), acregmin)."""
 
 
+SMALLER = "lower micro_batch_size, or set gradient_checkpointing: true"
+
 CLOSED = ("connection reset", "connection closed", "connection refused", "broken pipe", "read error")
 """In what gloo says of a process that was there."""
 
@@ -61,12 +63,8 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
             if config.report.trackers:
                 accelerator.init_trackers(stage)
             yield train
-        except torch.OutOfMemoryError as error:
-            advice = "lower micro_batch_size, or set gradient_checkpointing: true"
-            _record(train, OutOfMemory(f"out of memory: {error}; {advice}"))
-            raise OutOfMemory(f"out of memory: {error}\n{advice}") from error
         except BaseException as error:
-            cause = _lost_rank(train, error) or _full_disk(train, error) or error
+            cause = OutOfMemory.behind(error, SMALLER) or _lost_rank(train, error) or _full_disk(train, error) or error
             _record(train, cause)
             if cause is error:
                 raise

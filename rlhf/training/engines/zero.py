@@ -35,6 +35,10 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
+OFFLOADS = {"weights": "offload_param", "gradients": "offload_optimizer", "optimizer": "offload_optimizer"}
+"""A part of the state -> the section of a DeepSpeed file that moves it to the host: gradients go where the moments are."""
+
+
 class Zero:
     optimizer: torch.optim.Optimizer
 
@@ -44,6 +48,10 @@ class Zero:
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.divided: frozenset[str] = frozenset(("optimizer", "gradients", "weights")[: self.stage])
+        zero: dict[str, Any] = config["zero_optimization"]
+        self.offloaded = frozenset(
+            what for what, key in OFFLOADS.items() if (zero.get(key) or {}).get("device") in ("cpu", "nvme")
+        )
         settings = {key: value for key, value in config.items() if key != "train_batch_size"}
         self.config: dict[str, Any] = settings | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
 
