@@ -42,7 +42,8 @@ from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.rewards import open_reward
+from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.training import invariants
@@ -66,6 +67,8 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, allow_inexact_resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        reader = open_reader(config.reward)
+        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_ppo(config)
         for note in roles.notes:
             train.note(note)
@@ -73,7 +76,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
         pad_id = roles.pad_id
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
+        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PromptExample]:
@@ -117,7 +120,7 @@ def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants
             sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
             experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
             texts = [prompt.text for prompt in asked]
-            metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
+            metrics, samples = evaluate(experience, texts, scorers, roles.tokenizer, config.report.samples)
             train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
             return metrics
 
