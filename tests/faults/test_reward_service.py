@@ -1,4 +1,4 @@
-"""A reward service that fails, lies, stalls or leads elsewhere: the run ends with a word, in time, and tells no secret (T10)."""
+"""A reward service that fails, lies, stalls or leads elsewhere: the run ends with a word, in time, and tells no secret."""
 
 from __future__ import annotations
 
@@ -273,8 +273,8 @@ def test_what_was_checked_is_what_is_connected_to(service, monkeypatch):
     assert rebound(PROMPTS, RESPONSES) == LENGTHS
     assert looked_up == ["reward.example"] * 2  # at the start, and for the call
     assert service.asked[0][0]["Host"] == f"reward.example:{service.port}"
-    with pytest.raises(ConfigError, match="10.0.0.1 is not a public address"):
-        rebound.allow_private = False
+    rebound.allow_private = False
+    with pytest.raises(ConfigError, match=r"10.0.0.1 is not a public address"):
         rebound(PROMPTS, RESPONSES)
 
 
