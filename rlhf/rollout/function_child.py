@@ -126,8 +126,10 @@ def _plain(value: Any) -> Any:
         with suppress(ValueError, RuntimeError):  # more than one
             value = value.item()
     if isinstance(value, Real):
-        with suppress(OverflowError):
+        try:
             return float(value)
+        except OverflowError:
+            return f"{type(value).__name__} beyond any float"
     return value if value is None or isinstance(value, str) else f"{type(value).__name__} {reprlib.repr(value)}"
 
 

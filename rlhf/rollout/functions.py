@@ -21,12 +21,9 @@ from rlhf.digest import text_digest
 from rlhf.errors import DataError
 from rlhf.rollout import function_child
 from rlhf.rollout.function_child import frame, read_message
+from rlhf.rollout.tries import FailedTry, with_retries
 
 OFFERED = ("prompts", "responses")
-
-
-class Failure(Exception):
-    """A try that came to nothing; the message says how."""
 
 
 class FunctionProcess:
@@ -52,16 +49,11 @@ class FunctionProcess:
         """
         arguments = {"prompts": list(prompts), "responses": list(responses)}
         request = {"seed": int(text_digest(json.dumps(arguments))[:16], 16) >> 1, "arguments": arguments}
-        tries = self.retries + 1
-        for number in range(1, tries + 1):
-            try:
-                answer = self._ask(request)
-                break
-            except Failure as failure:
-                told = f"{self.source}: {failure} (try {number} of {tries}, replies 0 to {len(responses) - 1} of this process)"
-                if number == tries:
-                    raise DataError(f"{told}; mend the function") from None
-                print(f"rlhf: {told}; tried again", file=sys.stderr, flush=True)
+        try:
+            answer = with_retries(self.source, self.retries, lambda: self._ask(request))
+        except FailedTry as failure:
+            what = f"the call was for replies 0 to {len(responses) - 1} of this process"
+            raise DataError(f"{failure}; {what}; mend the function") from None
         if "not_a_list" in answer:
             raise DataError(f"{self.source}: returned {answer['not_a_list']}, expected a list of {len(responses)} numbers")
         return answer["scores"] if "scores" in answer else answer["columns"]
@@ -78,11 +70,14 @@ class FunctionProcess:
             answer = self.child.exchange(request, self.timeout_s)
         except TimeoutError:
             self._kill()
-            raise Failure(f"gave no answer within {self.timeout_s:g} s (reward.timeout_s)") from None
+            raise FailedTry(f"gave no answer within {self.timeout_s:g} s (reward.timeout_s)") from None
         except (EOFError, OSError):
-            raise Failure(f"its process ended {self._how_it_ended()}") from None
+            raise FailedTry(f"its process ended {self._how_it_ended()}") from None
+        except BaseException:  # a signal's: the answer may still come, and is not to be taken for the next one's
+            self._kill()
+            raise
         if raised := answer.get("raised"):
-            raise Failure("raised {type}{where}: {message}".format(**raised))
+            raise FailedTry("raised {type}{where}: {message}".format(**raised))
         return answer
 
     def _start(self) -> Child:
@@ -109,7 +104,7 @@ class FunctionProcess:
         assert self.child is not None
         code = self.child.end()
         self.child = None
-        return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
 
 
 class Child:

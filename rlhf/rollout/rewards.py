@@ -9,7 +9,6 @@ import math
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -125,7 +124,7 @@ def checked_scores(scores: Any, count: int, source: str) -> list[float]:
         raise DataError(f"{source}: returned {_described(scores)}, expected a list of {count} numbers")
     for row, score in enumerate(scores):
         found = f"{source}: the score of reply {row} is {reprlib.repr(score)}"
-        if not isinstance(score, Real) or score != score or abs(score) == math.inf:
+        if not isinstance(score, int | float) or score != score or abs(score) == math.inf:
             raise DataError(f"{found}, expected a finite number; mend the function")
         if abs(score) > LARGEST_SCORE:
             raise DataError(f"{found}, more than float32 holds; scale the scores down")

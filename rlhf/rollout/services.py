@@ -9,11 +9,8 @@ import asyncio
 import ipaddress
 import json
 import os
-import random
 import socket
 import ssl
-import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -23,6 +20,7 @@ import httpx2
 
 from rlhf.digest import text_digest
 from rlhf.errors import ConfigError, DataError, StorageError
+from rlhf.rollout.tries import FailedTry, with_retries
 
 TOKEN = "RLHF_REWARD_TOKEN"
 """The environment variable that may hold a bearer token; there is no other way to give one, so none ends up in a file."""
@@ -30,7 +28,7 @@ TOKEN = "RLHF_REWARD_TOKEN"
 CONNECT_S, READ_S = 5.0, 30.0
 """For a connection, and for its next bytes. A service that is given minutes (`reward.timeout_s`) may be silent for half."""
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S = 0.5, 30.0, 60.0
+FIRST_PAUSE_S, LONGEST_RETRY_AFTER_S = 0.5, 60.0
 BODY_LIMIT = 16 << 20
 """Bytes of an answer that are read: scores of half a million replies."""
 
@@ -40,14 +38,6 @@ ADVICE |= dict.fromkeys((401, 403), f"; it may want another token in {TOKEN}")
 
 TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv4 addresses behind a translator (RFC 6052)."""
-
-
-class Failure(Exception):
-    """A try that came to nothing and may be made again, after so many seconds at least."""
-
-    def __init__(self, what: str, wait_s: float = 0.0) -> None:
-        super().__init__(what)
-        self.wait_s = wait_s
 
 
 class RewardService:
@@ -71,7 +61,7 @@ class RewardService:
             self._addresses()
         except httpx2.InvalidURL as error:
             raise ConfigError(f"{source}: {error}") from None
-        except Failure as failure:
+        except FailedTry as failure:
             raise StorageError(f"{source}: {failure}") from None
         self._headers()
 
@@ -86,19 +76,10 @@ class RewardService:
         """
         body = json.dumps({"prompts": list(prompts), "responses": list(responses)})
         headers = self._headers() | {"Idempotency-Key": text_digest(body)}
-        tries = self.retries + 1
-        for number in range(1, tries + 1):
-            try:
-                answer = self._try(body.encode(), headers)
-                break
-            except Failure as failure:
-                told = f"{self.source}: {failure} (try {number} of {tries})"
-                if number == tries:
-                    raise StorageError(f"{told}; see to the service, then run the same command again") from None
-                # Not the global generator, which is the run's own
-                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1)) * random.SystemRandom().uniform(0.5, 1.5)
-                print(f"rlhf: {told}; tried again", file=sys.stderr, flush=True)
-                time.sleep(max(pause, failure.wait_s))
+        try:
+            answer = with_retries(self.source, self.retries, lambda: self._try(body.encode(), headers), FIRST_PAUSE_S)
+        except FailedTry as failure:
+            raise StorageError(f"{failure}; see to the service, then run the same command again") from None
         if not isinstance(answer, dict) or "scores" not in answer:
             raise DataError(f"{self.source}: the answer has no `scores`, expected {{'scores': [{len(responses)} numbers]}}")
         return answer["scores"]
@@ -120,7 +101,7 @@ class RewardService:
         try:
             found = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise Failure(f"the host is not found ({error.strerror})") from None
+            raise FailedTry(f"the host is not found ({error.strerror})") from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for address in addresses:
             if not self.allow_private and not is_public(address):
@@ -134,13 +115,13 @@ class RewardService:
         try:
             status, retry_after, content = asyncio.run(self._post(addresses, body, headers))
         except TimeoutError:
-            raise Failure(f"no whole answer within {self.timeout_s:g} s (reward.timeout_s)") from None
+            raise FailedTry(f"no whole answer within {self.timeout_s:g} s (reward.timeout_s)") from None
         except httpx2.ConnectError as error:
-            raise Failure(f"no connection: {error}") from None
+            raise FailedTry(f"no connection: {error}") from None
         except httpx2.TransportError as error:  # its text may quote what the service sent, and that what we sent
-            raise Failure(f"the connection failed ({type(error).__name__})") from None
+            raise FailedTry(f"the connection failed ({type(error).__name__})") from None
         if status == 429 or status >= 500:
-            raise Failure(f"status {status}", retry_after)
+            raise FailedTry(f"status {status}", retry_after)
         if status != 200:
             raise DataError(f"{self.source}: status {status}, expected 200{ADVICE.get(status, '')}")
         if len(content) > BODY_LIMIT:
@@ -148,7 +129,7 @@ class RewardService:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise Failure("the answer is not JSON") from None
+            raise FailedTry("the answer is not JSON") from None
 
     async def _post(self, addresses: list[str], body: bytes, headers: dict[str, str]) -> tuple[int, float, bytes]:
         """(status, seconds to wait, as much of the body as was read) of the first address that can be connected to."""

@@ -50,7 +50,7 @@ class Service:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}/score"
+        self.url = f"http://127.0.0.1:{self.port}/score.py:latest"  # no file, and no function
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ def test_what_passes_is_tried_again(service, failure, capfd):
     assert len({headers["Idempotency-Key"] for headers, _ in service.asked}) == 1
     assert capfd.readouterr().err.count("tried again") == 2
     service.behaviours, before = [failure], len(service.asked)
-    with pytest.raises(StorageError, match=r"score: .*\(try 3 of 3\)"):
+    with pytest.raises(StorageError, match=r"latest: .*\(try 3 of 3\)"):
         client(service)(PROMPTS, RESPONSES)
     assert len(service.asked) - before == 3
 
