@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import flags, metrics, run, start_on, wait
 
 from rlhf.errors import DataError
 from rlhf.rollout.functions import FunctionProcess
@@ -23,6 +19,8 @@ from rlhf.rollout.rewards import checked_scores
 PROMPTS, RESPONSES = ["a", "b"], ["x y", "z"]
 ROOM_S = 5
 """What a deadline may be missed by."""
+
+pytestmark = pytest.mark.usefixtures("started")
 
 MODULE = """
 import collections, ctypes, fractions, os, random, sys, threading, time
@@ -130,28 +128,6 @@ def line(file: Path, text: str) -> int:
     return file.read_text().split(text)[0].count("\n") + 1
 
 
-def alive(mark: str) -> list[str]:
-    """Processes that were started with the mark in their environment, by whomever: they may have lost their parent."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.environ().get("REWARD_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid}: {' '.join(process.cmdline())}")
-    return found
-
-
-@pytest.fixture(autouse=True)
-def mark(monkeypatch):
-    """On all that a test starts; nothing of it is left."""
-    word = secrets.token_hex()
-    monkeypatch.setenv("REWARD_TEST", word)
-    yield word
-    deadline = time.monotonic() + ROOM_S
-    while left := alive(word):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
 def call(file: Path, name: str, timeout_s: float = 60, retries: int = 2):
     """What a run would make of it."""
     function = FunctionProcess(f"{file}:{name}", timeout_s, retries)
@@ -208,14 +184,14 @@ def test_what_hangs_has_a_deadline(file, name):
     assert function.child is None
 
 
-def test_what_hangs_takes_its_own_children_along(file, mark):
+def test_what_hangs_takes_its_own_children_along(file, started):
     function = FunctionProcess(f"{file}:hangs_with_family", timeout_s=1, retries=0)
-    assert len(alive(mark)) == 1
+    assert len(started()) == 1
     with pytest.raises(DataError, match="gave no answer"):
         function(PROMPTS, RESPONSES)
     assert (file.parent / "family").exists()
     time.sleep(0.1)
-    assert alive(mark) == []
+    assert started() == []
 
 
 @pytest.mark.parametrize(
@@ -339,72 +315,3 @@ def test_it_ends_with_the_trainer(file, name, doing, kill):
             trainer.send_signal(signal.SIGKILL)
         assert trainer.wait(60) == (-signal.SIGKILL if kill else 0)
     child.wait(ROOM_S)
-
-
-def ppo_flags(world: Path, output: Path, **more: object) -> list[str]:
-    return flags("ppo", world, output, **{"schedule__length": 2, "data__eval": "null", **more})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_goes_on_after_a_failed_try(file, world, tmp_path, processes):
-    """And ends equal to the bit to one whose function never fails, and to one that counts by itself."""
-    counts = "def f(responses):\n    return [response.split().count('a') for response in responses]\n"
-    (tmp_path / "counts.py").write_text(counts)
-    flaky = "import os\nfrom pathlib import Path\nplace = Path(__file__).with_name('tried' + os.environ.get('RANK', '0'))\n"
-    flaky += counts.replace("\n", "\n    if not place.exists():\n        place.touch()\n        os._exit(9)\n", 1)
-    (tmp_path / "flaky.py").write_text(flaky)
-    sources = {"a": "count:a", "b": f"{tmp_path}/counts.py:f", "c": f"{tmp_path}/flaky.py:f"}
-    for name, source in sources.items():
-        arguments = ppo_flags(world, tmp_path / name, reward=source, data__eval=world / "prompts.jsonl")
-        arguments.append(f"--eval.scorers={tmp_path}/counts.py:f")
-        codes = [wait(pid) for pid in start_on(processes, "ppo", arguments, tmp_path / "log")]
-        assert codes == [0] * processes, (tmp_path / "log").read_text()
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") == metrics(tmp_path / "c")
-    assert len(list(tmp_path.glob("tried*"))) == processes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("sleeps", "gave no answer within 2 s"), ("nan", "the score of reply 1 is nan"), ("exits", "exit code 3")],
-)
-def test_a_run_ends_with_a_word(file, world, tmp_path, processes, name, reason):
-    body = "return [1.0] + [float('nan')] * (len(responses) - 1)"
-    file.write_text(MODULE + f"\ndef nan(responses):\n    {body}\n")
-    arguments = ppo_flags(world, tmp_path / "run", reward=f"{file}:{name}", reward__timeout_s=2, reward__retries=1)
-    start = time.monotonic()
-    codes = [wait(pid) for pid in start_on(processes, "ppo", arguments, tmp_path / "log")]
-    assert time.monotonic() - start < 2 * 2 + ROOM_S + 30  # the models are opened first
-    assert 65 in codes
-    assert set(codes) <= {65, 74}  # who waits for the one that fails loses it
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 65)
-    assert reason in status["reason"]
-    assert reason in (tmp_path / "log").read_text()
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-@pytest.mark.slow
-def test_a_mistake_ends_the_run_before_models_are_opened(file, world, tmp_path):
-    def change(stage) -> None:
-        stage.open_ppo = None
-
-    for source in (f"{file}:nothing", f"{tmp_path}/mine.py:values"):
-        arguments = ppo_flags(world, tmp_path / "run", reward=source)
-        assert run("ppo", arguments, tmp_path / "log", change) == 65, (tmp_path / "log").read_text()
-    arguments = [*ppo_flags(world, tmp_path / "run"), f"--eval.scorers={file}:nothing"]
-    assert run("ppo", arguments, tmp_path / "log", change) == 65, (tmp_path / "log").read_text()
-
-
-@pytest.mark.slow
-def test_more_patience_is_no_other_run(file, world, tmp_path):
-    """A run whose function took too long goes on with a later deadline."""
-    text = "import time\nfrom pathlib import Path\ncalls = 0\n\ndef f(responses):\n    global calls\n    calls += 1\n"
-    text += "    time.sleep(4 * (calls == 2))\n    return [len(response) for response in responses]\n"
-    (tmp_path / "slow.py").write_text(text)
-    arguments = ppo_flags(world, tmp_path / "run", reward=f"{tmp_path}/slow.py:f", reward__retries=0)
-    assert run("ppo", [*arguments, "--reward.timeout_s=2"], tmp_path / "log") == 65
-    assert "gave no answer within 2 s" in (tmp_path / "log").read_text()
-    assert run("ppo", [*arguments, "--reward.timeout_s=30"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
