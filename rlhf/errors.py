@@ -6,6 +6,12 @@ Only a bug of our own ends in a traceback (exit code 70).
 
 from __future__ import annotations
 
+import errno
+import re
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What the system says of a disk that is full, over quota, failing, or gone read-only."""
+
 
 class RlhfError(Exception):
     """Base of every error we raise on purpose; `exit_code` follows sysexits.h where it has a meaning for us."""
@@ -47,6 +53,14 @@ class StorageError(RlhfError):
     """Reading or writing failed half-way (disk full, I/O error, a service that gives no answer)."""
 
     exit_code = 74
+
+
+def disk_failed(error: BaseException) -> bool:
+    """Whether it is the disk that is full or fails. safetensors tells the system's number in its text only."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    told = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return told is not None and int(told[1]) in DISK
 
 
 class LostRank(RlhfError):

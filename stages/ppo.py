@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 
-from rlhf.config.parse import Invocation
+from rlhf.config.parse import Invocation, Resume
 from rlhf.config.schema import PpoConfig
 from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import Batches, minibatches, row_seeds
@@ -60,12 +60,12 @@ def main(invocation: Invocation) -> None:
 
         unit_test(invocation.config, ppo, invocation.as_json)
     else:
-        ppo(invocation.config, invocation.allow_inexact_resume)
+        ppo(invocation.config, invocation.resume)
 
 
-def ppo(config: PpoConfig, allow_inexact_resume: bool = False, probe: invariants.Probe | None = None) -> None:
+def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe | None = None) -> None:
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
-    with open_training("ppo", config, allow_inexact_resume) as train:
+    with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
         reader = open_reader(config.reward)
         scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]

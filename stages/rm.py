@@ -34,7 +34,7 @@ SHOW = ("loss", "accuracy", "optimizer/lr")
 
 def main(invocation: Invocation) -> None:
     config: RmConfig = invocation.config
-    with open_training("rm", config, invocation.allow_inexact_resume) as train:
+    with open_training("rm", config, invocation.resume) as train:
         # -- who takes part, and what is learned from ----------------------------------------------------------------
         roles = open_rm(config)
         train.record_tokenizer(roles.tokenizer)

@@ -34,7 +34,7 @@ SHOW = ("loss", "optimizer/lr")
 
 def main(invocation: Invocation) -> None:
     config: SftConfig = invocation.config
-    with open_training("sft", config, invocation.allow_inexact_resume) as train:
+    with open_training("sft", config, invocation.resume) as train:
         # -- who takes part, and what is learned from ----------------------------------------------------------------
         roles = open_sft(config)
         train.record_tokenizer(roles.tokenizer)

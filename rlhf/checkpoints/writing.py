@@ -21,7 +21,7 @@ from rlhf.checkpoints.convert import Conversion
 from rlhf.checkpoints.plan import Check, Step
 from rlhf.checkpoints.sinks import open_sink
 from rlhf.digest import file_digest
-from rlhf.errors import DataError, OutputError, StorageError
+from rlhf.errors import DataError, OutputError, StorageError, disk_failed
 from rlhf.paths import sync
 
 MANIFEST = "conversion.json"
@@ -70,7 +70,7 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        kind = StorageError if error.errno in (5, 28, 122) else OutputError
+        kind = StorageError if disk_failed(error) else OutputError
         raise kind(f"{destination}: cannot be written: {error}") from error
 
 

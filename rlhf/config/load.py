@@ -34,14 +34,21 @@ def load(
     file: Path | None,
     overrides: Sequence[tuple[str, str]] = (),
     other_flags: Sequence[str] = (),
+    section: str | None = None,
 ) -> Config:
     """The config that `file` and, over it, the flags (dotted or short name, raw text) describe.
 
-    `other_flags` are flags that set no field, only to be suggested for one that is misspelt.
+    `other_flags` are flags that set no field, only to be suggested for one that is misspelt. `section` is where the config
+    is in a file of more.
     Raises ConfigError listing all mistakes, sorted by place.
     """
     mistakes: list[Mistake] = []
     root = tree.read(_text(file), str(file), mistakes) if file else tree.Mapping(COMMAND_LINE)
+    if section:
+        inner = root.children.get(section)
+        if not isinstance(inner, tree.Mapping):
+            raise ConfigError(f"{file}: has no {section}")
+        root = inner
     _put_flags(cls, root, overrides, other_flags, mistakes)
     try:
         config = cls.model_validate_json(json.dumps(_plain(Field("section", section=cls), root)), strict=True)

@@ -7,8 +7,9 @@ imported for `--help` alone, so that a plain start stays fast; what flags mean d
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, make_dataclass
 from io import BytesIO, TextIOWrapper
@@ -21,7 +22,7 @@ from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.config.sections import Section
-from rlhf.errors import UsageError
+from rlhf.errors import ConfigError, UsageError
 
 Config = TypeVar("Config", bound=Section, covariant=True)
 SCHEMAS: dict[str, type[Section]] = {**STAGES, **COMMANDS}
@@ -58,8 +59,22 @@ FLAGS = (
     Flag("dry-run", "", "Print the resolved config, the plan and the launch command; touch nothing.", launch=True),
     Flag("unit-test", "", "Check PPO alone, on the config `unit-test` unless another is given.", only=("ppo",)),
     Flag("json", "", "Print the result as JSON.", only=tuple(SCHEMAS)),
+    Flag("resume", "RUN", "Go on with this run, by the config in its run.json; other flags go over that."),
     Flag("allow-inexact-resume", "", "Go on from a checkpoint even where the result will not be equal to the bit."),
 )
+
+RUN_JSON, CONFIG_OF_RUN = "run.json", "config"
+"""Where a run has its config (rlhf/runs/manifest.py)."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How an unfinished run in the output directory is to be gone on with."""
+
+    step: int | None = None
+    """The training checkpoint that was named; None: none was."""
+    allow_inexact: bool = False
+    """Whatever has changed; it is recorded."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Invocation(Generic[Config]):
     dry_run: bool
     unit_test: bool
     as_json: bool
-    allow_inexact_resume: bool
+    resume: Resume
     arguments: list[str]
     """The words for the stage script: all that were given, unchanged, but the launch flags."""
 
@@ -121,11 +136,18 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         raise UsageError(
             "--unit-test: runs in one process; leave out --nproc, --num-machines, and any --launch but cpu and gpu"
         )
-    name = words.own.get("config", "unit-test" if "unit-test" in words.own else None)
-    file = None if name is None else find_config(name)
+    flags = [flag.name for flag in _flags(stage)]
+    if "resume" in words.own:
+        file, step = _run_to_resume(words.own)
+        config = load(SCHEMAS[stage], file, words.overrides, flags, section=CONFIG_OF_RUN)
+        _require_same_place(config, file.parent)
+    else:
+        name, step = words.own.get("config", "unit-test" if "unit-test" in words.own else None), None
+        file = None if name is None else find_config(name)
+        config = load(SCHEMAS[stage], file, words.overrides, flags)
     return Invocation(
         stage=stage,
-        config=load(SCHEMAS[stage], file, words.overrides, [flag.name for flag in _flags(stage)]),
+        config=config,
         config_file=file,
         launch=words.own.get("launch", "auto"),
         nproc=nproc,
@@ -133,9 +155,30 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         dry_run="dry-run" in words.own,
         unit_test="unit-test" in words.own,
         as_json="json" in words.own,
-        allow_inexact_resume="allow-inexact-resume" in words.own,
+        resume=Resume(step, "allow-inexact-resume" in words.own),
         arguments=words.arguments,
     )
+
+
+def _run_to_resume(own: Mapping[str, str]) -> tuple[Path, int | None]:
+    """run.json of the run that --resume names, and the step where it names one checkpoint of it."""
+    for other in ("config", "unit-test"):
+        if other in own:
+            raise UsageError(f"--resume: takes the config of the run; leave --{other} out")
+    named = Path(own["resume"])
+    checkpoint = re.fullmatch(r"step-(\d+)", named.name)
+    run = named.parent.parent if checkpoint else named
+    if not (run / RUN_JSON).is_file():
+        raise UsageError(f"--resume {named}: no run: {run} holds no {RUN_JSON}; name the --output of a run that was started")
+    return run / RUN_JSON, int(checkpoint[1]) if checkpoint else None
+
+
+def _require_same_place(config: Any, run: Path) -> None:
+    if Path(config.output).absolute() != run.absolute():
+        raise ConfigError(
+            f"--resume {run} and output {config.output} are two places, and a run goes on where it is; leave --output out, or, "
+            f"if {run} was moved there from {config.output}, give --output={run}"
+        )
 
 
 def _flags(stage: str) -> Iterator[Flag]:

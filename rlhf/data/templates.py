@@ -116,6 +116,10 @@ def plain_prompt(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else next(m["content"] for m in reversed(prompt) if m["role"] == "user")
 
 
+TOKENIZER = ("tokenizer", "template")
+"""Names of `tokenizer_digests`."""
+
+
 def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Fingerprints that must agree between stages: of the vocabulary with its special ids, and of the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -42,12 +42,16 @@ def save_model(
         model, adapter = _merged(model), False
     inner: PreTrainedModel = unwrapped(model)  # pyright: ignore[reportAssignmentType]
     inner.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
-    if adapter:
-        _write_base(partial, model)
-    if generation is not None:
-        generation.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
+        if adapter:
+            _write_base(partial, model)
+        if generation is not None:
+            generation.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way
+        raise
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)

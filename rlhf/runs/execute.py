@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 from rlhf.config.parse import Invocation
-from rlhf.errors import OutputError
 from rlhf.runs import launch
 from rlhf.runs.dry_run import batches
 from rlhf.runs.lineage import state_of
-from rlhf.runs.lock import check_unlocked
+from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, write_status
 
 STDERR = 2  # the file descriptor
@@ -41,8 +40,9 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     check_output(run)
     if keeps_books:
         check_unlocked(run)
-    world_size, threads = int(env["RLHF_EXPECTED_WORLD_SIZE"]), int(env["OMP_NUM_THREADS"])
-    state = state_of(run, stage, config, world_size, threads, invocation.allow_inexact_resume)
+    world_size = int(env["RLHF_EXPECTED_WORLD_SIZE"])
+    machine = {"world_size": world_size, "threads": int(env["OMP_NUM_THREADS"])}
+    state = state_of(run, stage, config, machine, invocation.resume.allow_inexact)
     if state == "done":
         if keeps_books:
             _say_done(run)
@@ -61,21 +61,6 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)
     return code
-
-
-def check_output(directory: Path) -> None:
-    """Make sure that the directory could be made and written, without making it.
-
-    Raises:
-        OutputError: it could not; the message names what stands in the way.
-    """
-    place = directory.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise OutputError(f"{directory}: cannot be made: {place} is not a directory; choose another --output")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{directory}: no permission to write in {place}; choose another --output")
 
 
 def _say_done(run: Path) -> None:

@@ -7,9 +7,10 @@ same parent. What only has a name (a Hub id, an imported reward function, a rewa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.checkpoints.directory import iteration_directory
@@ -42,8 +43,8 @@ OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
 # Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
-# What the last bits of a run in progress hang on. A finished result stays what it is on another machine.
-MACHINE_FIELDS = ("world_size", "threads", "versions.torch", "versions.transformers")
+MACHINE = ("world_size", "threads", "engine", "device")
+"""With the versions of packages, what the last bits of a run in progress hang on. A finished one stays what it is elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
         if field.split(".")[0] not in OUTPUT_FIELDS and field not in WAITING_FIELDS and field not in told_by_content
     }
     contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
-    machine = {name: manifest[name] for name in ("world_size", "threads")}
-    packages = {f"versions.{name}": manifest["versions"][name] for name in ("torch", "transformers")}
+    machine = {name: manifest[name] for name in MACHINE}
+    packages = {f"versions.{name}": version for name, version in manifest["versions"].items()}
     return config | contents | machine | packages | {"seed": manifest["seed"]}
 
 
@@ -114,14 +115,13 @@ def state_of(
     run: Path,
     stage: str,
     config: Stage,
-    world_size: int | None = None,
-    threads: int | None = None,
+    machine: Mapping[str, Any] = MappingProxyType({}),
     allow_inexact: bool = False,
 ) -> RunState:
     """What starting the stage with this config in this directory would mean.
 
     Args:
-        world_size, threads: of the run about to start; None: not compared.
+        machine: what is known of the run about to start; of `MACHINE`, what is missing is not compared.
         allow_inexact: go on with an unfinished run whatever has changed.
 
     Raises:
@@ -142,20 +142,22 @@ def state_of(
     finished = manifest["finished"] is not None
     if not finished and not any((run / "checkpoints").glob("*")):
         return "new"  # it ended before there was anything to go on from
-    changes = _changes(manifest, config, inputs, world_size, threads, ignored=MACHINE_FIELDS if finished else ())
+    changes = _changes(manifest, config, inputs, machine, whatever_the_machine=finished)
     if changes and finished:
         raise _stale(f"{run}: holds a finished {stage} run of something else", changes, f"or delete {run}")
     if changes and not allow_inexact:
-        raise _stale(
-            f"{run}: the unfinished {stage} run here cannot go on exactly",
-            changes,
-            "or --allow-inexact-resume to go on all the same (it is recorded)",
-        )
+        raise inexact(run, stage, changes)
     if not finished:
         return "resume"
     if changed := changed_files(run, manifest):
         raise DataError(f"{run}: changed since this {stage} run finished: {_listed(changed)}; delete it to make it again")
     return "done"
+
+
+def inexact(run: Path, stage: str, changes: list[str]) -> DataError:
+    """That going on with the run would not give the bits it would have given."""
+    way_out = "or --allow-inexact-resume to go on all the same (it is recorded)"
+    return _stale(f"{run}: the unfinished {stage} run here cannot go on exactly", changes, way_out)
 
 
 def chain(run: Path) -> tuple[Node, ...]:
@@ -229,26 +231,22 @@ def _portable(spec: str, output: str) -> str:
 
 
 def _changes(
-    manifest: dict[str, Any],
-    config: Stage,
-    inputs: dict[str, Any],
-    world_size: int | None,
-    threads: int | None,
-    ignored: tuple[str, ...],
+    manifest: dict[str, Any], config: Stage, inputs: dict[str, Any], machine: Mapping[str, Any], whatever_the_machine: bool
 ) -> list[str]:
     planned = {
         "config": config.model_dump(mode="json"),
         "inputs": inputs,
         "seed": config.seed,
-        "world_size": manifest["world_size"] if world_size is None else world_size,
-        "threads": manifest["threads"] if threads is None else threads,
         "versions": versions(),
+        **{name: machine.get(name, manifest[name]) for name in MACHINE},
     }
-    recorded, now = fingerprint(manifest), fingerprint(planned)
-    return differences(
-        {name: value for name, value in recorded.items() if name not in ignored},
-        {name: value for name, value in now.items() if name not in ignored},
-    )
+
+    def compared(fingerprint: dict[str, Any]) -> dict[str, Any]:
+        of_machine = (name for name in fingerprint if name in MACHINE or name.startswith("versions."))
+        left_out = set(of_machine) if whatever_the_machine else set()
+        return {name: value for name, value in fingerprint.items() if name not in left_out}
+
+    return differences(compared(fingerprint(manifest)), compared(fingerprint(planned)))
 
 
 def _stale(what: str, changes: list[str], way_out: str) -> DataError:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from rlhf.errors import Locked
+from rlhf.errors import Locked, OutputError
 from rlhf.runs.manifest import now
 
 
@@ -46,6 +46,21 @@ def check_unlocked(run: Path) -> None:
         with (run / ".lock").open(encoding="utf-8") as stream:
             if not _take(stream, fcntl.LOCK_SH):
                 raise _locked(run, stream)
+
+
+def check_output(directory: Path) -> None:
+    """Make sure that the directory could be made and written, without making it.
+
+    Raises:
+        OutputError: it could not; the message names what stands in the way.
+    """
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{directory}: cannot be made: {place} is not a directory; choose another --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{directory}: no permission to write in {place}; choose another --output")
 
 
 def _take(stream: TextIO, kind: int) -> bool:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +32,16 @@ STATUS = "status.json"
 def write_json(path: Path, value: Any) -> None:
     """Replace the file in one step: a reader, or a start after a crash, sees the old content or the new, no part."""
     partial = path.with_name(f".{path.name}-{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # or the new name itself may be lost with the power
@@ -65,8 +70,9 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can change a run's bits."""
-    packages = ("rlhf", "torch", "transformers", "accelerate", "peft")
+    """Of everything that can change a run's bits; DeepSpeed's where it is installed."""
+    packages = ["rlhf", "torch", "transformers", "accelerate", "peft"]
+    packages += ["deepspeed"] if find_spec("deepspeed") else []
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
@@ -79,12 +85,16 @@ def new_manifest(
     threads: int,
     inputs: dict[str, dict[str, Any]],
     versions: dict[str, str],
+    engine: str = "",
+    device: str = "",
 ) -> dict[str, Any]:
     """What run.json holds when a stage starts; the stage adds the digests `tokenizer` and `template`.
 
     Args:
         inputs: of `lineage.inputs_of`.
         threads: CPU threads of each process; a sum over another number of threads differs in its last bits.
+        engine: what divides the work between processes.
+        device: what computes; another one rounds differently.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -96,6 +106,8 @@ def new_manifest(
         "seed": seed,
         "world_size": world_size,
         "threads": threads,
+        "engine": engine,
+        "device": device,
         "inputs": inputs,
         "outputs": {},
         "files": {},

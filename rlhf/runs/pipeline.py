@@ -23,9 +23,9 @@ from rlhf.config.schema import STAGES, Section
 from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
 from rlhf.runs.dry_run import describe
-from rlhf.runs.execute import check_output, execute
+from rlhf.runs.execute import execute
 from rlhf.runs.launch import machines_of
-from rlhf.runs.lock import run_lock
+from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
 OF_ALL_STAGES = ("launch", "nproc", "dry-run", "json")

@@ -39,6 +39,8 @@ class Checkpoint:
 
     directory: Path
     step: int
+    why: str = ""
+    """How it was chosen, in words."""
 
     def tensors(self, name: str, optional: bool = False) -> dict[str, Tensor]:
         """Of the file of that name; if it is `optional`, none where the run had nothing to put there."""
@@ -97,11 +99,30 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
     return final
 
 
-def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def require_room(root: Path, checkpoint_bytes: int, count: int, result_bytes: int) -> None:
+    """Raises StorageError where the disk has no room for what a run is sure to write.
+
+    Args:
+        count: checkpoints that will be there at once; those that are there already are in place.
+    """
+    missing = max(0, count - len(_numbered(root)))
+    needed, free = missing * checkpoint_bytes + result_bytes, shutil.disk_usage(root.parent).free
+    if needed > free:
+        raise StorageError(
+            f"{root.parent}: {needed:,} bytes are needed ({missing} checkpoints of {checkpoint_bytes:,}, and the result), "
+            f"{free:,} are free; make room, or lower checkpoint.keep"
+        )
+
+
+def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; leftovers of a kill are cleared away.
 
+    Args:
+        named: the step that the user wants to go on from; it must be that of the newest.
+
     Raises:
-        DataError: there are checkpoints and none verifies; starting over silently would lose the run.
+        DataError: there are checkpoints and none verifies, since starting over silently would lose the run; or the newest is
+            not the one that was named.
     """
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
@@ -109,13 +130,19 @@ def latest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for step, directory in found:
         fault = verify(directory)
         if not fault:
-            return Checkpoint(directory, step)
+            if named is not None and named != step:
+                raise DataError(
+                    f"step-{named} was named to go on from, and {directory} is the newest that verifies; "
+                    f"move what is newer than step-{named} out of {root}, or name the run alone"
+                )
+            names = ", ".join(path.name for _, path in found)
+            return Checkpoint(directory, step, f"of {names}, the highest step that verifies")
         aside = directory.with_name(f"{directory.name}.corrupt")
         if aside.exists():
             shutil.rmtree(aside)
         directory.rename(aside)
         say(f"{directory} is corrupt ({fault}); kept as {aside.name} and passed over")
-    if found or any(root.glob("*.corrupt")):
+    if found or named is not None or any(root.glob("*.corrupt")):
         raise DataError(f"{root}: no checkpoint verifies; remove the directory to start over, or restore one")
     return None
 

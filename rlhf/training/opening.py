@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,14 +13,16 @@ from typing import Any
 
 import torch
 
+from rlhf.config.parse import Resume
 from rlhf.config.schema import Stage
-from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError
+from rlhf.data.templates import TOKENIZER
+from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError, StorageError, disk_failed
 from rlhf.report.console import Console
-from rlhf.runs.lineage import differences, fingerprint, inputs_of, state_of
-from rlhf.runs.lock import run_lock
+from rlhf.runs.lineage import MACHINE, differences, fingerprint, inputs_of, state_of
+from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, versions, write_json, write_status
 from rlhf.training.preflight import all_reduce_speed
-from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes
+from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes, stopped
 from rlhf.training.session import Training
 from rlhf.training.signals import StopRequest
 
@@ -32,7 +35,7 @@ CLOSED = ("connection reset", "connection closed", "connection refused", "broken
 
 
 @contextmanager
-def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False) -> Iterator[Training]:
+def open_training(stage: str, config: Stage, resume: Resume | None = None) -> Iterator[Training]:
     """Opens the processes and the run directory; whatever happens inside ends up in status.json.
 
     Raises:
@@ -47,7 +50,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
         stack.callback(console.close)
         stop = StopRequest(config.max_hours)
         stack.callback(stop.restore)
-        train = Training(stage, config, accelerator, engine, console, stop, allow_inexact_resume)
+        train = Training(stage, config, accelerator, engine, console, stop, resume or Resume())
         train.peers = train.gather(Peer.this(train.rank))
         stop.end_at_once_if = lambda: lost(train.peers)
         _open_run(train, stack)
@@ -63,7 +66,7 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
             _record(train, OutOfMemory(f"out of memory: {error}; {advice}"))
             raise OutOfMemory(f"out of memory: {error}\n{advice}") from error
         except BaseException as error:
-            cause = _lost_rank(train, error) or error
+            cause = _lost_rank(train, error) or _full_disk(train, error) or error
             _record(train, cause)
             if cause is error:
                 raise
@@ -73,8 +76,10 @@ def open_training(stage: str, config: Stage, allow_inexact_resume: bool = False)
 def _open_run(train: Training, stack: ExitStack) -> None:
     """Compares what ranks were given; then rank 0 locks the directory and writes run.json, and the others end as it does."""
     with _ending_together(train):
+        if train.is_main:
+            check_output(train.run)
         manifest = _manifest(train)
-    _require_equal(train, fingerprint(manifest) | _versions(manifest))
+    _require_equal(train, {name: value for name, value in fingerprint(manifest).items() if name != "device"})
     with _ending_together(train):
         if train.is_main:
             stack.enter_context(run_lock(train.run))
@@ -89,6 +94,10 @@ def _ending_together(train: Training) -> Iterator[None]:
         yield
     except (RlhfError, SystemExit) as error:
         ending = error
+    except OSError as error:
+        ending = _full_disk(train, error)
+        if ending is None:
+            raise
     told = None if ending is None else (getattr(ending, "exit_code", 0), str(ending))
     endings = {rank: one for rank, one in enumerate(train.gather(told)) if one is not None}
     if ending is not None:
@@ -135,21 +144,26 @@ def _manifest(train: Training) -> dict[str, Any]:
     config = train.config
     inputs, resolved = inputs_of(train.stage, config), config.model_dump(mode="json")
     threads, seed = torch.get_num_threads(), config.seed
-    return new_manifest(train.stage, resolved, sys.argv, seed, train.world_size, threads, inputs, versions())
+    machine = train.world_size, threads, inputs, versions(), train.engine.name, _device(train.device)
+    return new_manifest(train.stage, resolved, sys.argv, seed, *machine)
 
 
-def _versions(manifest: dict[str, Any]) -> dict[str, str]:
-    return {f"versions.{name}": version for name, version in manifest["versions"].items()}
+def _device(device: torch.device) -> str:
+    """What rounds: kernels differ between GPUs, and between the instruction sets of CPUs."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _begin(train: Training, manifest: dict[str, Any]) -> None:
-    state = state_of(train.run, train.stage, train.config, train.world_size, manifest["threads"], train.allow_inexact_resume)
+    machine = {name: manifest[name] for name in MACHINE}
+    state = state_of(train.run, train.stage, train.config, machine, train.resume.allow_inexact)
     if state == "done":
         train.note(f"{train.run} is finished already")
         raise SystemExit(0)
     if state == "resume":
         before = read_json(train.run / MANIFEST)
-        manifest["started"] = before["started"]
+        manifest |= {name: before[name] for name in ("started", *TOKENIZER) if name in before}
         changes = differences(fingerprint(before), fingerprint(manifest))
         manifest["inexact_resumes"] = before.get("inexact_resumes", []) + ([changes] if changes else [])
     train.manifest = manifest
@@ -168,8 +182,19 @@ def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
         return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]})")
     if "timed out" in said:
         minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
-        return LostRank(f"no answer from another process for {minutes:.0f} minutes: it hangs, or its machine is gone")
+        which = stopped(train.peers) or "it hangs, or its machine is gone"
+        return LostRank(f"no answer from another process for {minutes:.2g} minutes: {which}")
     return None
+
+
+def _full_disk(train: Training, error: BaseException) -> StorageError | None:
+    if isinstance(error, RlhfError) or not disk_failed(error):
+        return None
+    free = shutil.disk_usage(train.run).free
+    return StorageError(
+        f"{train.run}: cannot be written ({error}; {free:,} bytes are free); what was saved is untouched: make room, and run "
+        "the same command again"
+    )
 
 
 def _record(train: Training, error: BaseException) -> None:
@@ -180,4 +205,7 @@ def _record(train: Training, error: BaseException) -> None:
     if status is None or status["state"] == "running":
         state = "preempted" if isinstance(error, Preempted) else "failed"
         reason = str(error).split("\n")[0] or type(error).__name__
-        write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
+        try:
+            write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
+        except OSError as failure:  # what ended the run may keep this from being written, too, and is what must be said
+            print(f"{train.run}: status.json cannot say so: {failure}", file=sys.stderr, flush=True)

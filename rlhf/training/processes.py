@@ -132,6 +132,9 @@ class Peer(NamedTuple):
     reach: str
     """Equal for processes that see each other's pids; names of hosts may be equal on different ones."""
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
     @classmethod
     def this(cls, rank: int) -> Peer:
         return cls(rank, socket.gethostname(), os.getpid(), _reach())
@@ -141,12 +144,22 @@ def lost(peers: Sequence[Peer], seconds: float = 0.0) -> str:
     """Names a process that this one could see and that is gone, waiting so long for one to be; or an empty string."""
     deadline = time.monotonic() + seconds
     while True:
-        for peer in peers:
-            if peer.reach == _reach() and not _is_alive(peer.pid):
-                return f"rank {peer.rank} (pid {peer.pid} on {peer.host}) is gone"
+        for peer in _in_sight(peers):
+            if _status(peer.pid) in ("", psutil.STATUS_ZOMBIE):
+                return f"{peer} is gone"
         if time.monotonic() >= deadline:
             return ""
         time.sleep(0.05)
+
+
+def stopped(peers: Sequence[Peer]) -> str:
+    """Names a process that this one can see and that a signal has stopped; or an empty string."""
+    found = (peer for peer in _in_sight(peers) if _status(peer.pid) == psutil.STATUS_STOPPED)
+    return next((f"{peer} is stopped" for peer in found), "")
+
+
+def _in_sight(peers: Sequence[Peer]) -> list[Peer]:
+    return [peer for peer in peers if peer.reach == _reach()]
 
 
 def _reach() -> str:
@@ -154,8 +167,9 @@ def _reach() -> str:
     return f"{boot.read_text()}{namespace.readlink()}" if boot.exists() else socket.gethostname()
 
 
-def _is_alive(pid: int) -> bool:
+def _status(pid: int) -> str:
+    """As psutil says it; empty for a process that is not there."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return False
+        return ""

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.parse import Resume
 from rlhf.config.schema import Optimizer, Schedule, Stage
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
@@ -31,13 +32,14 @@ from rlhf.fp8.state import advance, forget_weights, fp8_layers, fp8_state, load_
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
+from rlhf.runs.lineage import differences, inexact
 from rlhf.runs.manifest import MANIFEST, finish, write_json
 from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided
-from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
+from rlhf.training.optimization import MOMENTS, open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
 
@@ -59,11 +61,11 @@ class Training:
         engine: Engine,
         console: Console,
         stop: StopRequest,
-        allow_inexact_resume: bool = False,
+        resume: Resume,
     ) -> None:
         self.stage, self.config, self.console, self.stop = stage, config, console, stop
         self.accelerator, self.engine = accelerator, engine
-        self.allow_inexact_resume = allow_inexact_resume
+        self.resume = resume
         self.run = Path(config.output)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
@@ -98,6 +100,7 @@ class Training:
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
+        self._require_room(policy)
         optimizer_state = self._resume()
         self._keep_no_whole_weights(policy)
         self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
@@ -141,7 +144,14 @@ class Training:
             yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.manifest |= tokenizer_digests(tokenizer)
+        """Raises DataError where a run in progress was begun with another one: a model may have only a name."""
+        now = tokenizer_digests(tokenizer)
+        changes = differences({name: self.manifest.get(name, digest) for name, digest in now.items()}, now)
+        if changes and not self.resume.allow_inexact:
+            raise inexact(self.run, self.stage, changes)
+        if changes:
+            self.manifest["inexact_resumes"] = [*self.manifest.get("inexact_resumes", []), changes]
+        self.manifest |= now
         if self.is_main:
             write_json(self.run / MANIFEST, self.manifest)
 
@@ -311,6 +321,14 @@ class Training:
             checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
         self._wait_for_main()
 
+    def _require_room(self, policy: nn.Module) -> None:
+        weights = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        every, keep = self.config.checkpoint.every, self.config.checkpoint.keep
+        saves = 1 if self.schedule.unit == "tokens" else self.length // every if every else 0
+        if self.is_main:
+            # one more than is kept: the oldest goes when the newest is there
+            checkpoint.require_room(self.run / "checkpoints", (1 + len(MOMENTS)) * weights, min(keep + 1, saves), weights)
+
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that all ranks put together, in the memory of rank 0's host."""
         kept = {}
@@ -329,7 +347,7 @@ class Training:
     def _resume(self) -> dict[str, Tensor]:
         """Restores all but the optimizer's state, which is returned: weights go in before the engine takes the model over."""
         root = self.run / "checkpoints"
-        found = checkpoint.latest(root, self.note) if self.is_main else None
+        found = checkpoint.latest(root, self.note, self.resume.step) if self.is_main else None
         self._wait_for_main()
         step = self.gather(found and found.step)[0]
         if not self.is_main and step is not None:
@@ -348,14 +366,14 @@ class Training:
                 parameter.copy_(weights[name])
         if fp8_state(self.all_models()):
             saved = found.tensors("fp8", optional=True)
-            load_fp8_state(self.all_models(), saved, strict=not self.allow_inexact_resume)
-        if self.allow_inexact_resume and (fresh := uncalibrated(self.policy)):
+            load_fp8_state(self.all_models(), saved, strict=not self.resume.allow_inexact)
+        if self.resume.allow_inexact and (fresh := uncalibrated(self.policy)):
             self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
         own = state["training"]
         self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
         for name, value in self.states.items():
             value.load_state_dict(state[name])
-        self.note(f"goes on from {found.directory}, the newest checkpoint that verifies ({self.step_done} steps done)")
+        self.note(f"goes on from {found.directory}: {found.why}")
         return found.tensors("optimizer")
 
     def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rlhf import paths
 from rlhf.config import help_text, parse
 from rlhf.config.machines import Machines
-from rlhf.config.parse import SCHEMAS
+from rlhf.config.parse import SCHEMAS, Resume
 from rlhf.config.schema import SHORT_FLAGS, STAGES
 from rlhf.errors import ConfigError, UsageError
 
@@ -31,7 +31,8 @@ def test_everything_from_flags() -> None:
     invocation = parse("ppo", REQUIRED)
     assert (invocation.stage, invocation.config_file) == ("ppo", None)
     assert (invocation.launch, invocation.nproc) == ("auto", None)
-    assert not any((invocation.dry_run, invocation.unit_test, invocation.as_json, invocation.allow_inexact_resume))
+    assert not any((invocation.dry_run, invocation.unit_test, invocation.as_json))
+    assert invocation.resume == Resume(None, allow_inexact=False)
     config = invocation.config
     assert (config.output, config.roles.actor, config.data.train) == ("runs/ppo", "sft", "prompts.jsonl")
     assert config.reward.source == "rm"
@@ -68,7 +69,7 @@ def test_our_own_flags(tmp_path: Path) -> None:
     assert (invocation.config_file, invocation.launch, invocation.nproc) == (file, "zero2", 2)
     assert invocation.dry_run
     assert invocation.as_json
-    assert invocation.allow_inexact_resume
+    assert invocation.resume == Resume(None, allow_inexact=True)
     assert (invocation.config.output, invocation.config.seed) == ("a", 2)
 
 

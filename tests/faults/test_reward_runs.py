@@ -41,13 +41,18 @@ def test_a_run_goes_on_after_a_failed_try(world, tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("sleeps", "gave no answer within 2 s"), ("nan", "the score of reply 1 is nan"), ("exits", "exit code 3")],
+    ("body", "reason"),
+    [
+        ("time.sleep(1000)", "gave no answer within 2 s"),
+        ("return [1.0] + [float('nan')] * (len(responses) - 1)", "the score of reply 1 is nan"),
+        ("os._exit(3)", "exit code 3"),
+    ],
+    ids=["hangs", "nan", "dies"],
 )
-def test_a_run_ends_with_a_word(file, world, tmp_path, processes, name, reason):
-    body = "return [1.0] + [float('nan')] * (len(responses) - 1)"
-    file.write_text(MODULE + f"\ndef nan(responses):\n    {body}\n")
-    arguments = ppo_flags(world, tmp_path / "run", reward=f"{file}:{name}", reward__timeout_s=2, reward__retries=1)
+def test_a_run_ends_with_a_word(world, tmp_path, processes, body, reason):
+    (tmp_path / "mine.py").write_text(f"import os, time\ndef f(responses):\n    {body}\n")
+    source = f"{tmp_path}/mine.py:f"
+    arguments = ppo_flags(world, tmp_path / "run", reward=source, reward__timeout_s=2, reward__retries=1)
     start = time.monotonic()
     codes = [wait(pid) for pid in start_on(processes, "ppo", arguments, tmp_path / "log")]
     assert time.monotonic() - start < 2 * 2 + ROOM_S + 30  # the models are opened first

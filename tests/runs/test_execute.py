@@ -16,8 +16,7 @@ from rlhf.config.load import load
 from rlhf.config.schema import STAGES
 from rlhf.errors import OutputError
 from rlhf.runs.dry_run import batches
-from rlhf.runs.execute import check_output
-from rlhf.runs.lock import run_lock
+from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import read_status, write_status
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -83,7 +82,7 @@ def test_an_output_that_may_not_be_written(workplace: Path) -> None:
         return
     code = (
         "import os; from pathlib import Path; from rlhf.errors import OutputError\n"
-        "from rlhf.runs.execute import check_output\n"
+        "from rlhf.runs.lock import check_output\n"
         "os.setuid(65534)\n"
         "try: check_output(Path('/run_of_nobody'))\n"
         "except OutputError as error: print(error)"

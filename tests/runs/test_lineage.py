@@ -113,7 +113,7 @@ def test_new_resumed_and_done(make_run: Callable[..., None]) -> None:
     change("sft.jsonl")
     assert state_of(Path("sft"), "sft", config("sft", seed=1)) == "new"
     make_run("sft")
-    assert state_of(Path("sft"), "sft", config("sft"), world_size=1, threads=1) == "done"
+    assert state_of(Path("sft"), "sft", config("sft"), {"world_size": 1, "threads": 1}) == "done"
 
 
 CHANGES = {
@@ -140,13 +140,13 @@ def test_every_change_is_named(line: str, overrides: dict, finished: bool, make_
 def test_the_machine_matters_until_the_end(make_run: Callable[..., None]) -> None:
     make_run("sft", finished=False)
     with pytest.raises(DataError, match=r"threads: 1 -> 2\n  world_size: 1 -> 4"):
-        state_of(Path("sft"), "sft", config("sft"), world_size=4, threads=2)
+        state_of(Path("sft"), "sft", config("sft"), {"world_size": 4, "threads": 2})
     recorded = read_json(Path("sft/run.json"))
     write_json(Path("sft/run.json"), recorded | {"versions": recorded["versions"] | {"torch": "1.0"}})
     with pytest.raises(DataError, match=r"versions\.torch: 1\.0 -> "):
         state_of(Path("sft"), "sft", config("sft"))
     make_run("sft")
-    assert state_of(Path("sft"), "sft", config("sft"), world_size=4, threads=2) == "done"
+    assert state_of(Path("sft"), "sft", config("sft"), {"world_size": 4, "threads": 2}) == "done"
 
 
 def test_what_only_says_where_to_write_may_change(make_run: Callable[..., None]) -> None:

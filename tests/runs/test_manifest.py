@@ -78,4 +78,5 @@ def test_every_change_is_named(tmp_path: Path) -> None:
 
 
 def test_versions_name_what_changes_bits() -> None:
-    assert {"python", "rlhf", "torch", "transformers", "accelerate", "peft"} == manifest.versions().keys()
+    always = {"python", "rlhf", "torch", "transformers", "accelerate", "peft"}
+    assert manifest.versions().keys() - {"deepspeed"} == always

@@ -101,8 +101,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(world, tmp_path, engi
     for _ in range(2):
         assert go("stopped", max_hours=1e-9) == [143, 143], log.read_text()
     assert go("stopped") == [0, 0], log.read_text()
-    assert "(1 steps done)" in log.read_text()
-    assert "(2 steps done)" in log.read_text()
+    assert "checkpoints/step-1: of step-1, the highest step that verifies" in log.read_text()
+    assert "checkpoints/step-2: of step-2, step-1, the highest step that verifies" in log.read_text()
     assert left(tmp_path / "stopped", steps=3) == left(tmp_path / "whole", steps=3)
 
 
