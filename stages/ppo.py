@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
 
 Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
-        reward) or a function as reward; rows of prompts.
+        reward) or a function or service as reward; rows of prompts.
 Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):

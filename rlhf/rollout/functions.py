@@ -113,7 +113,7 @@ class Child:
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
-            # -P: no directory comes before the trainer's own path, which the child is then given
+            # -P: or a module beside the child's file could stand before one of Python's; its path is to be the trainer's
             self.process = subprocess.Popen(
                 [sys.executable, "-P", function_child.__file__, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,

@@ -23,7 +23,8 @@ ROOM_S = 5
 pytestmark = pytest.mark.usefixtures("started")
 
 MODULE = """
-import collections, ctypes, fractions, os, random, sys, threading, time
+from __future__ import annotations
+import collections, ctypes, fractions, json, os, random, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def raises(prompts, responses):
     return [table[response] for response in responses]
 
 def deep(responses):
-    return [int("no number") for _ in responses] if responses else None
+    return [json.loads("{") for _ in responses]
 
 def raises_once(responses):
     if not ALREADY.exists():
@@ -164,13 +165,14 @@ def test_what_fails_once_is_tried_again(file, name, capfd):
             "raises",
             r"raised KeyError at {file}:{line}: 'x y' \(try 3 of 3\); the call was for replies 0 to 1 of this process; mend",
         ),
+        ("deep", r"raised JSONDecodeError at {file}:{deep}: "),
         ("exits", r"its process ended with exit code 3 \(try 3 of 3"),
         ("leaves", r"its process ended with exit code 4 \(try 3 of 3"),
         ("crashes", r"its process ended by signal 11 \(Segmentation fault\) \(try 3 of 3"),
     ],
 )
 def test_what_fails_always_ends_the_run(file, name, how):
-    how = how.format(file=file, line=line(file, "return [table[response]"))
+    how = how.format(file=file, line=line(file, "return [table[response]"), deep=line(file, "return [json.loads"))
     with pytest.raises(DataError, match=f"mine.py:{name}: {how}"):
         call(file, name)
 
