@@ -353,6 +353,7 @@ def test_certificates_are_checked(service, tmp_path, monkeypatch):
         ask("other.example")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_service(service, world, tmp_path, monkeypatch):
     """As the same scores from a function, to the bit; resumed with more patience after the service had failed."""
     monkeypatch.setenv(services.TOKEN, CANARY)
