@@ -82,7 +82,7 @@ class OutputError(RlhfError):
 
 
 class StorageError(RlhfError):
-    """Reading or writing failed half-way (disk full, I/O error)."""
+    """Reading or writing failed half-way (disk full, I/O error, a service that gives no answer)."""
 
     exit_code = 74
 

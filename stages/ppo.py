@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
 
 Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
-        reward) or a function as reward; rows of prompts.
+        reward) or a function or service as reward; rows of prompts.
 Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
@@ -42,7 +42,8 @@ from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.rewards import open_reward
+from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.rollout.watched import found_again, watched
@@ -67,6 +68,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        reader = open_reader(config.reward)
+        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_ppo(config)
         for note in roles.notes:
             train.note(note)
@@ -74,7 +77,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         pad_id = roles.pad_id
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
+        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PromptExample]:
@@ -118,7 +121,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
             experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
             texts = [prompt.text for prompt in asked]
-            metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
+            metrics, samples = evaluate(experience, texts, scorers, roles.tokenizer, config.report.samples)
             recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
             return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 

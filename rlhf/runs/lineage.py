@@ -1,7 +1,7 @@
 """What a run was made from, whether that still holds, and so whether a run is new, can go on, or is done.
 
 Inputs are compared by content: a pipeline may be moved as a whole, and a parent made again to the same bytes is the
-same parent. What only has a name (a Hub id, an imported reward function) is compared by name.
+same parent. What only has a name (a Hub id, an imported reward function, a reward service) is compared by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.checkpoints.directory import iteration_directory
-from rlhf.config.schema import Stage
+from rlhf.config.schema import Stage, is_service
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
 from rlhf.models.source import require_pinned, resolve
@@ -39,6 +39,9 @@ SCORERS = "eval.scorers"
 
 # Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
 OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
+
+# Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
+WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
 MACHINE = ("world_size", "threads", "engine", "device")
 """With the versions of packages, what the last bits of a run in progress hang on. A finished one stays what it is elsewhere."""
@@ -93,7 +96,7 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     config = {
         field: value
         for field, value in _flat(manifest["config"]).items()
-        if field.split(".")[0] not in OUTPUT_FIELDS and field not in told_by_content
+        if field.split(".")[0] not in OUTPUT_FIELDS and field not in WAITING_FIELDS and field not in told_by_content
     }
     contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
     machine = {name: manifest[name] for name in MACHINE}
@@ -188,7 +191,7 @@ def _digest(name: str, spec: str) -> str | None:
         return _digest_of_file(Path(spec), f"{name}: ")
     if _is_no_model(name, spec):
         file, _, function = spec.rpartition(":")
-        if spec.startswith("count:") or not file.endswith(".py"):
+        if is_service(spec) or spec.startswith("count:") or not file.endswith(".py"):
             return None
         return text_digest(f"{_digest_of_file(Path(file), f'{INPUT_FIELDS.get(name, name)}: ')}:{function}")
     source = resolve(spec, "critic" if name == "critic" else "model")
