@@ -35,9 +35,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         write_world(Path(directory), seed=0)
-        config = AutoConfig.from_pretrained(Path(directory) / "base")
+        config = AutoConfig.from_pretrained(Path(directory) / "base", trust_remote_code=False)
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     ids = torch.randint(0, config.vocab_size, (ROWS, TOKENS))
     steps = {"plain": stepper(plain, None, ids)} | {name: stepper(plain, name, ids) for name in SHAPES}
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -58,7 +58,7 @@ def write_models(place: Path) -> None:
     from rlhf.training.tiny import WORDS, write_tiny_model
 
     write_tiny_model(place / "tiny", seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(place / "tiny" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny" / "model", trust_remote_code=False)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--directory", type=Path, help="where to work (default: the system's temporary directory)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
         write_world(Path(place))
-        stages = {stage: measured(Path(place), stage, arguments.repeats) for stage in STEPS}
+        stages = {stage: measured(Path(place), stage, arguments.repeats) for stage in arguments.stages}
     print(json.dumps({"benchmark": "overhead", "stages": stages}))
 
 
@@ -121,11 +123,14 @@ def one_run(place: Path, stage: str, protected: bool, name: str) -> dict[str, fl
             os.environ["RLHF_CACHE"] = str(place / f"{name}-cache")  # digests are made, not remembered
             told.write_text(json.dumps(train(place, stage, protected, name)))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     _, status, usage = os.wait4(pid, 0)
     if status:
-        sys.exit(log.read_text())
+        sys.exit(f"{name} ended with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()}")
     return json.loads(told.read_text()) | {"run": usage.ru_utime + usage.ru_stime}
 
 

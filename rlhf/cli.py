@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
-from rlhf.errors import DataError, OutputError, RlhfError, StorageError, UsageError, disk_failed
+from rlhf.errors import DataError, OutOfMemory, OutputError, RlhfError, StorageError, UsageError, disk_failed, without_secrets
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -87,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # our own bug: the only traceback a user sees, with the code that says so
+    except Exception as error:
+        if full := OutOfMemory.behind(error, "close other programs, or use a machine with more"):
+            print(f"rlhf: error: {full}", file=sys.stderr)
+            return full.exit_code
         if disk_failed(error):
-            print(f"rlhf: error: {error}; make room, or name another place", file=sys.stderr)
+            print(f"rlhf: error: {without_secrets(str(error))}; make room, or name another place", file=sys.stderr)
             return StorageError.exit_code
-        traceback.print_exc()
+        # our own bug: the only traceback a user sees, with the code that says so
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
         print("rlhf: this is a bug of rlhf, not of yours; please report it with the lines above", file=sys.stderr)
         return 70
 

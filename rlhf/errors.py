@@ -7,16 +7,35 @@ Only a bug of our own ends in a traceback (exit code 70).
 from __future__ import annotations
 
 import errno
+import os
 import re
 
+USERINFO = re.compile(r"(:/{1,2})[^/?#\s]+@")
+"""What stands before the host in a URL (RFC 3986, section 3.2.1): a user, a password, or a token in place of both. Where the
+URL was taken for a path, one of its slashes is gone."""
+SECRET = re.compile(r"TOKEN(?!IZ|S)|SECRET|PASSW(OR)?D|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+"""In the name of an environment variable whose value nobody else may read."""
+SHORTEST_SECRET = 8
+"""Characters; shorter values are settings (`true`), and stand in texts by chance."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What the system says of a disk that is full, over quota, failing, or gone read-only."""
+
+
+def without_secrets(text: str) -> str:
+    """The text as it may stand in a log: userinfo of URLs and values of secret environment variables are left out."""
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST_SECRET and SECRET.search(name):
+            text = text.replace(value, f"${name}")
+    return USERINFO.sub(r"\1***@", text)
 
 
 class RlhfError(Exception):
     """Base of every error we raise on purpose; `exit_code` follows sysexits.h where it has a meaning for us."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class CheckFailed(RlhfError):
@@ -42,6 +61,19 @@ class OutOfMemory(RlhfError):
 
     exit_code = 71
 
+    @classmethod
+    def behind(cls, error: BaseException, advice: str) -> OutOfMemory | None:
+        """What Python, torch and the libraries beneath them mean by it, each in its own way; None for any other error."""
+        said = str(error) or "the machine has no more"
+        meant = isinstance(error, RuntimeError | OSError) and any(sign in said for sign in NO_MEMORY)
+        if isinstance(error, cls) or not (meant or isinstance(error, MemoryError)):
+            return None
+        return cls(f"out of memory: {said.splitlines()[0]}\n{advice}")
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In what CUDA, torch's allocator on a CPU, the kernel (ENOMEM), C++ and cuBLAS say."""
+
 
 class OutputError(RlhfError):
     """The output directory cannot be created or written."""
@@ -50,7 +82,7 @@ class OutputError(RlhfError):
 
 
 class StorageError(RlhfError):
-    """Reading or writing failed half-way (disk full, I/O error)."""
+    """Reading or writing failed half-way (disk full, I/O error, a service that gives no answer)."""
 
     exit_code = 74
 

@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
 
 Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
-        reward) or a function as reward; rows of prompts.
+        reward) or a function or service as reward; rows of prompts.
 Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
@@ -42,9 +42,11 @@ from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.rewards import open_reward
+from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
+from rlhf.rollout.watched import found_again, watched
 from rlhf.training import invariants
 from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.entry import run_stage
@@ -66,6 +68,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        reader = open_reader(config.reward)
+        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_ppo(config)
         for note in roles.notes:
             train.note(note)
@@ -73,7 +77,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         pad_id = roles.pad_id
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
+        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
         def read(path: str) -> list[PromptExample]:
@@ -117,9 +121,9 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
             experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
             texts = [prompt.text for prompt in asked]
-            metrics, samples = evaluate(experience, texts, config.eval.scorers, roles.tokenizer, config.report.samples)
-            train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
-            return metrics
+            metrics, samples = evaluate(experience, texts, scorers, roles.tokenizer, config.report.samples)
+            recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
+            return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -135,7 +139,9 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
             train.stats.put(stats)
-            if step == 0:
+            find = partial(found_again, experience, asked, roles.tokenizer, config.reward.source)
+            usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
+            if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
@@ -147,7 +153,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             warming_up = step < config.ppo.critic_warmup
             sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
             with train.phase("update"):
-                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step))):
+                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step)) if usable else ()):
                     tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
                         part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
@@ -156,13 +162,14 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                     if step == count == 0:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
                         checks.require()
-                    train.optimizer_step(frozen_roles=("actor",) if warming_up else ())
+                    if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
+                        continue
                     train.stats.absorb(stats_here)
                     if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
                         break
 
             # 5
-            if roles.reference is not None:
+            if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)

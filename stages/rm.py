@@ -107,12 +107,12 @@ def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample]
     longer = [0.5 * (len(p.chosen) == len(p.rejected)) + (len(p.chosen) > len(p.rejected)) for p in pairs]
     values |= {"eval/accuracy_low": low, "eval/accuracy_high": high, "eval/pairs": len(pairs)}
     values["eval/longer_wins"] = sum(longer) / len(pairs)
-    train.record_evaluation(step, values)
+    recorded = train.record_evaluation(step, values)
     train.note(
         f"held-out accuracy {values['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}, {len(pairs)} pairs); "
         f"taking the longer reply gets {values['eval/longer_wins']:.3f}"
     )
-    return values
+    return recorded
 
 
 if __name__ == "__main__":

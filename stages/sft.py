@@ -101,8 +101,7 @@ def evaluate(train: Training, config: SftConfig, policy, rows: list, collate, pa
             stats.add("eval/loss", micro.weight * loss, micro.weight * count)
     values = train.reduce(stats)
     values["eval/perplexity"] = math.exp(values["eval/loss"])
-    train.record_evaluation(step, values)
-    return values
+    return train.record_evaluation(step, values)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(file for folder in ("rlhf", "stages") for file in (ROOT / folder).rglob("*.py"))
+FILES = sorted(file for folder in ("rlhf", "stages", "benchmarks", ".ci", "configs") for file in (ROOT / folder).rglob("*.py"))
 FOLDERS = ("rlhf", "stages", "configs", "docs", "tests", "benchmarks", ".ci")
 TEXT = {".py", ".md", ".yaml", ".toml", ".json", ".txt", ""}
 SHIPPED = sorted(
@@ -23,6 +23,7 @@ RESTRICTED_UNPICKLER = "rlhf/checkpoints/pickles.py"  # the one module that may:
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_YAML = {"load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all"}
 UNSAFE_BUILTINS = {"eval", "exec"}
+OF_TRANSFORMERS = re.compile(r"(transformers\.)?Auto\w+$|factory$")
 # An absolute path below one of these folders; a URL or a relative path has a character before the slash.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/>)}*-])/(?:work|home|root|tmp|mnt|opt|Users|data)/[\w.]")
 
@@ -49,7 +50,17 @@ def call_findings(call: ast.Call) -> list[str]:
         found.append("torch.load needs weights_only=True")
     if is_true(keywords.get("trust_remote_code")):
         found.append("trust_remote_code=True runs a stranger's code")
+    if not says_whom_it_trusts(function, set(keywords)):
+        found.append(f"{function} needs trust_remote_code, or it asks on the terminal")
     return found
+
+
+def says_whom_it_trusts(function: str, keywords: set[str | None]) -> bool:
+    """transformers asks on the terminal whether to run a stranger's code where it is not told; a call tells it."""
+    owner, _, method = function.rpartition(".")
+    return (
+        method not in ("from_pretrained", "from_config") or not OF_TRANSFORMERS.match(owner) or "trust_remote_code" in keywords
+    )
 
 
 def import_findings(node: ast.Import | ast.ImportFrom) -> list[str]:
@@ -124,6 +135,8 @@ def test_no_path_of_one_machine(file: Path) -> None:
         "exec(text)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "options = {'trust_remote_code': True}",
+        "AutoConfig.from_pretrained(name)",
+        "factory.from_config(config)",
         "try:\n    pass\nexcept:\n    pass",
     ],
 )

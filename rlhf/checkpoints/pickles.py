@@ -22,6 +22,8 @@ from torch import Tensor
 
 from rlhf.errors import DataError
 
+UnpicklingError = pickle.UnpicklingError
+
 STAND_INS = (
     "megatron.core.transformer.enums.AttnBackend",
     "megatron.core.transformer.enums.CudaGraphScope",
@@ -71,7 +73,7 @@ def open_pt(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(ALLOWED):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+        raise DataError(f"{path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"{path}: not a readable .pt file: {reason}; is it complete?") from error
@@ -96,7 +98,7 @@ def open_tensor(path: Path, offset: int, length: int) -> Tensor:
         _stored_as_it_is(io.BytesIO(saved))
         tensor = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+        raise DataError(f"{path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: no readable tensor at byte {offset}: {str(error).splitlines()[0]}") from error
     if not isinstance(tensor, Tensor):
@@ -179,7 +181,7 @@ def open_metadata(path: Path) -> Any:
         with path.open("rb") as stream:
             return _MetadataUnpickler(stream).load()
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused, nothing of it was run: {_forbidden(str(error))}") from None
+        raise DataError(f"{path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     except (
         *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError),
         *(IndexError, ImportError, MemoryError, OverflowError, RecursionError, RuntimeError),
@@ -226,7 +228,8 @@ def write_metadata(path: Path, pieces: Iterable[Piece]) -> None:
         os.fsync(stream.fileno())
 
 
-def _forbidden(message: str) -> str:
+def forbidden(message: str) -> str:
+    """What a pickle asked for that was refused, in our words: torch's own advise to run it."""
     named = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? (?:was|is) not an allowed", message)
     if named:
         return f"it wants {named[1] or named[2]}, which no checkpoint of a known tool needs"

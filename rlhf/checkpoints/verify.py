@@ -163,7 +163,9 @@ def opened(directory: Path) -> TransformersForward:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{directory}: transformers cannot open it: {str(error).strip().splitlines()[0]}") from error
     model, report = loaded

@@ -23,6 +23,8 @@ class Inference(Section):
     """bf16: autocast over fp32 weights; fp8: linear layers by `fp8.recipe`; both: the same weights with and without FP8."""
     plain: Literal["fp32", "bf16"] = "fp32"
     """fp8, both: the precision of all that is not FP8."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model. A Hub model must then be pinned to a commit (`id@40 hex digits`)."""
     fp8: UsedFp8 = UsedFp8()
 
     @model_validator(mode="after")

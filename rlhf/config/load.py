@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from rlhf.config import fields, tree
 from rlhf.config.fields import Field, dotted
 from rlhf.config.sections import Section
 from rlhf.config.tree import COMMAND_LINE, Mistake, given
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, without_secrets
 
 Config = TypeVar("Config", bound=Section)
 
@@ -50,6 +51,7 @@ def load(
             raise ConfigError(f"{file}: has no {section}")
         root = inner
     _put_flags(cls, root, overrides, other_flags, mistakes)
+    mistakes.extend(_secrets(root, ()))
     try:
         config = cls.model_validate_json(json.dumps(_plain(Field("section", section=cls), root)), strict=True)
     except ValidationError as error:
@@ -58,6 +60,23 @@ def load(
     if mistakes:
         raise _as_error(mistakes)
     return config
+
+
+def _secrets(node: tree.Node, path: fields.Path) -> Iterator[Mistake]:
+    """A config is written into run.json and printed, so it is no place for a secret."""
+    match node:
+        case tree.Mapping(children=children, keys=keys):
+            for name, place in keys.items():
+                yield from _secrets(tree.Scalar(place, name), path)
+            for name, child in children.items():
+                yield from _secrets(child, (*path, name))
+        case tree.Sequence(items=items):
+            for index, item in enumerate(items):
+                yield from _secrets(item, (*path, index))
+        case tree.Scalar(place=place, text=text) if without_secrets(text) != text:
+            yield Mistake(
+                place, dotted(path), "holds a secret, which run.json would keep; leave it to the environment (HF_TOKEN)"
+            )
 
 
 def to_json(config: Section) -> str:
@@ -168,7 +187,17 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-READERS: dict[fields.Form, Callable[[str], Any]] = {"boolean": _boolean, "integer": int, "number": float}
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    if "_" in text or not text.isascii():  # Python reads 1_000 and the digits of every script
+        raise ValueError(text)
+    return kind(text)
+
+
+READERS: dict[fields.Form, Callable[[str], Any]] = {
+    "boolean": _boolean,
+    "integer": partial(_number, int),
+    "number": partial(_number, float),
+}
 
 
 def _explain(cls: type[Section], root: tree.Mapping, error: ValidationError) -> Iterator[Mistake]:

@@ -145,6 +145,8 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         name, step = words.own.get("config", "unit-test" if "unit-test" in words.own else None), None
         file = None if name is None else find_config(name)
         config = load(SCHEMAS[stage], file, words.overrides, flags)
+    if "unit-test" in words.own:
+        _require_precise(config)
     return Invocation(
         stage=stage,
         config=config,
@@ -183,6 +185,13 @@ def _require_same_place(config: Any, run: Path) -> None:
 
 def _flags(stage: str) -> Iterator[Flag]:
     return (flag for flag in FLAGS if stage in flag.only)
+
+
+def _require_precise(config: Any) -> None:
+    if config.precision == "bf16":
+        raise ConfigError("precision: the unit test compares numbers closer than bf16 can tell apart; use fp32 or fp64")
+    if config.fp8.recipe != "none":
+        raise ConfigError("fp8.recipe: the unit test compares numbers closer than FP8 can tell apart; use `none`")
 
 
 def _sort(stage: str, argv: Sequence[str]) -> _Words:

@@ -8,8 +8,9 @@ ZeRO stage, sharding) stays in its launch file and is not here.
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.sections import (
     Checkpoint,
@@ -18,6 +19,7 @@ from rlhf.config.sections import (
     Fraction,
     Lora,
     Model,
+    NonFinite,
     Optimizer,
     Place,
     Positive,
@@ -82,6 +84,9 @@ class Stage(Section):
     """Attention implementation of the trunk."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each process; 0: OMP_NUM_THREADS where it is set, else the cores shared out evenly."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model. A Hub model must then be pinned to a commit (`id@40 hex digits`); of a
+    directory the run records the digest of all its files."""
     max_hours: Positive | None = None
     """Save and stop (exit 143) after this many hours; the same command goes on."""
     frozen_layers: Annotated[int, Field(ge=0)] = 0
@@ -89,6 +94,7 @@ class Stage(Section):
     them); PPO keeps those once in memory for all roles that have the same ones. 0: everything is trained."""
     lora: Lora = Lora()
     fp8: TrainingFp8 = TrainingFp8()
+    non_finite: NonFinite = NonFinite()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
 
@@ -166,10 +172,23 @@ class Roles(Section):
     all roles are LoRA adapters on one frozen base, which is in memory once (docs/ppo.md)."""
 
 
+def is_service(source: str) -> bool:
+    """Whether a reward's source is the address of a service."""
+    return "://" in source and not source.startswith("count:")
+
+
 class Reward(Section):
     source: Place
-    """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), or a Python function: `module:function`
-    or `file.py:function`, called with the arguments it names among prompts, responses; it returns one number per reply."""
+    """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), a Python function: `module:function`
+    or `file.py:function`, called with the arguments it names among prompts, responses; it returns one number per reply; or a
+    service: `https://...` (docs/rewards.md)."""
+    timeout_s: Positive = 60.0
+    """A function or a service that takes longer for one call, in seconds, has failed. In several processes all tries of a call
+    must end within the 10 minutes that the others wait."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a call that failed is made again before the run ends."""
+    allow_private: bool = False
+    """Let a service be on this machine or in a private network."""
     weight: float = 1.0
     """Scores are multiplied by it; a negative weight turns a reward into a penalty."""
     normalize: Literal["none", "running"] = "none"
@@ -180,6 +199,26 @@ class Reward(Section):
     """A reply that never ends: its score becomes `missing_eos_value`, is lowered by it, or stays."""
     missing_eos_value: float = -1.0
     """See `missing_eos`; for `subtract` a positive number is taken off."""
+
+    @field_validator("source")
+    @classmethod
+    def _is_plain_address(cls, source: str) -> str:
+        """The messages leave out the address: it may hold a password, which is why some are refused."""
+        if not is_service(source):
+            return source
+        try:
+            address = urlsplit(source)
+            complete = bool(address.hostname) and (address.port is None or address.port > 0)
+        except ValueError:  # brackets without an IPv6 address, a port that is no number
+            raise ValueError("not an address; a service has the form https://host:port/path") from None
+        if address.scheme not in ("http", "https") or not complete:
+            raise ValueError(f"{address.scheme}:// is no service to ask; it has the form https://host:port/path")
+        if "@" in address.netloc:
+            raise ValueError(
+                "holds a user name or a password, which would be written into run.json; give a token in the environment "
+                "variable RLHF_REWARD_TOKEN instead"
+            )
+        return source
 
 
 class Rollout(Section):

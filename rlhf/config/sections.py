@@ -10,7 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Place = Annotated[str, AfterValidator(expanduser)]
+
+
+def _place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path may")
+    return expanduser(text)
+
+
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class Section(BaseModel):
@@ -144,6 +152,8 @@ class Reading(Section):
     """What to do with a malformed row: stop with its file:line, or leave it out and count it."""
     max_skip_fraction: Fraction = 0.01
     """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
+    max_line_bytes: Count = 8 * 2**20
+    """A line of .jsonl longer than this, in bytes, is a malformed row."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
     max_length: Annotated[int, Field(ge=2)] = 1024
@@ -197,6 +207,15 @@ class Checkpoint(Section):
     """Steps (PPO: iterations) between training checkpoints; 0: only when a signal stops the run."""
     keep: Count = 2
     """How many of the newest to keep."""
+
+
+class NonFinite(Section):
+    action: Literal["abort", "skip"] = "abort"
+    """A loss, gradient norm, score, KL, advantage or return that is NaN or infinite never reaches the optimizer. abort: it ends
+    the run (exit 1); skip: the step is left out (of PPO, where it is no loss or norm, the iteration's update) and the run goes
+    on. RUN/non_finite/ has the rows."""
+    max_consecutive: Count = 3
+    """skip: how many steps in a row may be left out before it is an error after all."""
 
 
 class Report(Section):

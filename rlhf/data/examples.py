@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from rlhf.config.sections import Reading, TextReading
@@ -20,6 +20,8 @@ class SftExample:
 
     ids: list[int]
     trained: list[bool]
+    where: str = field(default="", compare=False)
+    """file:line"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -30,6 +32,8 @@ class PairExample:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    where: str = field(default="", compare=False)
+    """file:line"""
 
     def __len__(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -57,6 +61,8 @@ class Examples(Generic[Example]):
 
     items: list[Example]
     notes: list[str]
+    asked: list[bytes]
+    """What each usable row of the file asks (`Row.asks`)."""
 
 
 def sft_examples(path: str, config: TextReading, template: Template) -> Examples[SftExample]:
@@ -72,11 +78,11 @@ def sft_examples(path: str, config: TextReading, template: Template) -> Examples
         if not any(trained[1 : config.max_length]):
             untrained += 1
             continue
-        examples += [SftExample(ids[part], trained[part]) for part in limit.parts(len(ids))]
+        examples += [SftExample(ids[part], trained[part], row.where) for part in limit.parts(len(ids))]
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
     lost = config.json_key is not None and limit.hit and config.too_long != "split"
     advice = ["data.too_long: split would use long documents whole"] if lost else []
-    return _done(path, examples, rows.notes + limit.notes() + advice + dropped)
+    return _done(path, examples, rows, limit.notes() + advice + dropped)
 
 
 def pair_examples(path: str, config: Reading, template: Template) -> Examples[PairExample]:
@@ -88,7 +94,7 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
         prompt_again, rejected = template.response(row.fields["prompt"], row.fields["rejected"], row.where)
         if prompt != prompt_again:
             raise DataError(f"{row.where}: the chat template renders the prompt differently for the two replies")
-        example = PairExample(prompt, chosen, rejected)
+        example = PairExample(prompt, chosen, rejected, row.where)
         if not limit.allows(len(example), row.where):
             continue
         example = _shorten(example, config.max_length)
@@ -97,7 +103,7 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
             continue
         examples.append(example)
     dropped = [f"{same} pairs dropped: chosen and rejected are the same tokens (after truncation)"] if same else []
-    return _done(path, examples, rows.notes + limit.notes() + dropped)
+    return _done(path, examples, rows, limit.notes() + dropped)
 
 
 def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
@@ -108,7 +114,7 @@ def prompt_examples(path: str, config: Reading, template: Template) -> Examples[
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
             examples.append(PromptExample(index, ids[-config.max_length :], row))
-    return _done(path, examples, rows.notes + limit.notes())
+    return _done(path, examples, rows, limit.notes())
 
 
 def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
@@ -137,8 +143,8 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
     """Cuts the replies at their end so that the pair fits, never the prompt; a cut reply keeps no EOS it did not earn."""
     room = limit - len(pair.prompt)
     if room < 1:
-        return PairExample(pair.prompt[-(limit - 1) :], pair.chosen[:1], pair.rejected[:1])
-    return PairExample(pair.prompt, pair.chosen[:room], pair.rejected[:room])
+        return replace(pair, prompt=pair.prompt[-(limit - 1) :], chosen=pair.chosen[:1], rejected=pair.rejected[:1])
+    return replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
 def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:
@@ -150,13 +156,15 @@ def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -
         extra_columns=config.extra_columns,
         on_error=config.on_error,
         max_skip_fraction=config.max_skip_fraction,
+        max_line_bytes=config.max_line_bytes,
     )
 
 
-def _done(path: str, examples: list[Example], notes: list[str]) -> Examples[Example]:
+def _done(path: str, examples: list[Example], rows: Rows, more_notes: list[str]) -> Examples[Example]:
+    notes = rows.notes + more_notes
     if not examples:
         raise DataError(f"{path}: no usable row is left" + "".join(f"\n  {note}" for note in notes))
-    return Examples(examples, notes)
+    return Examples(examples, notes, [row.asks for row in rows.rows])
 
 
 class _LengthLimit:

@@ -83,7 +83,9 @@ def read_jsonl(path: Path, notes: list[str], max_line_bytes: int) -> Source:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 if line is None:
                     reason = f"the line is longer than {max_line_bytes} bytes"
-                    yield Problem(where, reason, "one row stands on one line: is a line break missing?")
+                    yield Problem(
+                        where, reason, "one row stands on one line: is a line break missing? else raise data.max_line_bytes"
+                    )
                 elif not line.strip():
                     blank += 1
                 else:

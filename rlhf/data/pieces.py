@@ -53,7 +53,9 @@ def read_pieces(source: Path) -> Pieces:
 def _of_tokenizer(source: Path) -> Pieces:
     try:
         opened = (
-            AutoTokenizer.from_pretrained(source).backend_tokenizer if source.is_dir() else Tokenizer.from_file(str(source))
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer
+            if source.is_dir()
+            else Tokenizer.from_file(str(source))
         )
     except Exception as error:  # tokenizers raises no narrower one
         raise DataError(f"{source}: no tokenizer could be opened: {str(error).splitlines()[0]}") from error

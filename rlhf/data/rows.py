@@ -25,6 +25,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,19 @@ class Row:
     where: str
     fields: dict[str, Any]
     others: dict[str, Any]
+
+    @cached_property
+    def asks(self) -> bytes:
+        """Digest of what stands before the last reply, of plain text of all: equal for one prompt, however it is written."""
+        if "text" in self.fields:
+            asked = self.fields["text"]
+        elif "messages" in self.fields:
+            messages = self.fields["messages"]
+            asked = messages[: max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")]
+        else:
+            prompt = self.fields["prompt"]
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return blake2b(json.dumps(asked).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -104,8 +119,8 @@ def read_rows(
     notes += [f"{remark} in {_count(number)}." for remark, number in sorted(remarks.items())]
     if problems:
         notes.append(f"Bad rows were skipped: {_reasons(problems)}.")
-    if repeats := _count_repeats(rows):
-        notes.append(f"A prompt seen before is repeated in {_count(repeats)}.")
+    if repeats := len(rows) - len({row.asks for row in rows}):
+        notes.append(f"A {'text' if 'text' in rows[0].fields else 'prompt'} seen before is repeated in {_count(repeats)}.")
     return Rows(rows, notes)
 
 
@@ -141,8 +156,3 @@ def _reasons(problems: list[Problem]) -> str:
 
 def _count(number: int) -> str:
     return "1 row" if number == 1 else f"{number} rows"
-
-
-def _count_repeats(rows: list[Row]) -> int:
-    prompts = [json.dumps(row.fields["prompt"]) for row in rows if "prompt" in row.fields]
-    return len(prompts) - len(set(prompts))

@@ -71,6 +71,17 @@ def _advance(layers: Sequence[DelayedLayer], over_ranks: Callable[[Tensor], Tens
         history[0].zero_()
 
 
+def recorded_magnitudes(model: nn.Module) -> list[Tensor]:
+    """A copy of what the step at hand has recorded so far."""
+    return [layer.amax_history[0].clone() for layer in delayed_layers(model).values()]
+
+
+def take_back_magnitudes(model: nn.Module, before: Sequence[Tensor]) -> None:
+    """Forgets what was recorded since: one infinity would hold a scale for as long as the history is."""
+    for layer, row in zip(delayed_layers(model).values(), before, strict=True):
+        layer.amax_history[0].copy_(row)
+
+
 def uncalibrated(model: nn.Module) -> list[DelayedLayer]:
     """Layers whose activation or weight has no scale yet: a new run's, or those a changed config has put into FP8."""
     return [layer for layer in delayed_layers(model).values() if not bool((layer.scale[:2] > 0).all())]

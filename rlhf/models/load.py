@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,9 +28,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rlhf.checkpoints.pickles import UnpicklingError, forbidden
 from rlhf.errors import ConfigError, DataError
 from rlhf.models import gguf, megatron
 from rlhf.models.heads import HEAD, initialise_head
+from rlhf.models.remote_code import check_remote_code, refused
 from rlhf.models.source import Source, resolve
 
 transformers_logging.set_verbosity_error()  # its load report is replaced by our own, stricter one
@@ -48,18 +51,23 @@ class Loading:
     seed: int = 0
     nf4: bool = False
     """Linear layers of a plain model in 4 bits, to be the frozen base of adapters."""
+    trust_remote_code: bool = False
+    """Whether Python files that lie beside the weights may be run (rlhf/models/remote_code.py)."""
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; one that cannot pad gets its EOS as pad (masks never look at ids)."""
     source = local(resolve(spec))
+    check_remote_code(source, trust_remote_code)
     if source.kind == "directory" and not any(any(Path(source.path).glob(pattern)) for pattern in TOKENIZER_FILES):
         # transformers 5 makes an empty one from config.json, which knows no word
         raise DataError(f"{spec}: no tokenizer beside the model; copy its tokenizer.json and tokenizer_config.json there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise DataError(f"{spec}: no tokenizer could be opened beside the model: {_first_line(error)}") from error
+        raise refused(source, error) or DataError(
+            f"{spec}: no tokenizer could be opened beside the model: {_first_line(error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"{spec}: the tokenizer has no EOS token; replies could never end. Set eos_token in tokenizer_config.json"
@@ -87,7 +95,7 @@ def load_actor(spec: str, loading: Loading, from_scratch: bool = False) -> PreTr
     """A causal language model. `from_scratch` draws its weights from `loading.seed` instead of reading them."""
     source = local(resolve(spec))
     if from_scratch:
-        return _finish(_from_config(AutoModelForCausalLM, source, loading), loading)
+        return _finish(_from_config(source, loading), loading)
     model, report = _from_pretrained(AutoModelForCausalLM, source, loading)
     if any(key.startswith(f"{HEAD}.") for key in report["unexpected_keys"]):
         raise DataError(f"{spec}: holds a scalar head (`{HEAD}.weight`): this is a reward model, not a policy")
@@ -112,16 +120,13 @@ def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool
     return _finish(model, loading)
 
 
-def is_scalar(spec: str) -> bool:
+def is_scalar(spec: str, trust_remote_code: bool = False) -> bool:
     """Whether a model is a reward model or critic, by what its config or its adapter says of itself."""
     source = local(resolve(spec))
     adapter = Path(source.path) / "adapter_config.json"
     if adapter.exists():
         return json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS"
-    try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+    config = _config(source, trust_remote_code)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
@@ -133,11 +138,26 @@ def local(source: Source) -> Source:
     return Source("directory", str(converters[source.kind](Path(source.path))), None, source.run)
 
 
-def _from_config(factory: Any, source: Source, loading: Loading) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+def _config(source: Source, trust_remote_code: bool, **changes: Any) -> Any:
+    check_remote_code(source, trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code, **changes)
+    except (OSError, ValueError) as error:
+        raise refused(source, error) or DataError(
+            f"{source.path}: transformers cannot open it: {_first_line(error)}"
+        ) from error
+
+
+def _from_config(source: Source, loading: Loading) -> PreTrainedModel:
+    config = _config(source, loading.trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loading.seed)
-        model = factory.from_config(_without_dropout(config), dtype=torch.float32, attn_implementation=loading.attention)
+        model = AutoModelForCausalLM.from_config(
+            _without_dropout(config),
+            dtype=torch.float32,
+            attn_implementation=loading.attention,
+            trust_remote_code=loading.trust_remote_code,
+        )
     return model.to(loading.dtype)
 
 
@@ -152,8 +172,10 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             return merged_adapter(adapter.parent, scalar, lambda base: open_base(base, replace(loading, nf4=False)))
         except SafetensorError as error:
             raise DataError(_corrupt(adapter.parent, error)) from error
+        except UnpicklingError as error:
+            raise DataError(f"{source.path}: refused, nothing of it was run: {forbidden(str(error))}") from None
+    config = _config(source, loading.trust_remote_code, **changes)
     try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision, **changes)
         return factory.from_pretrained(
             source.path,
             revision=source.revision,
@@ -161,12 +183,17 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
             dtype=loading.dtype,
             attn_implementation=loading.attention,
             output_loading_info=True,
+            trust_remote_code=loading.trust_remote_code,
             **({"quantization_config": _four_bits(loading)} if loading.nf4 else {}),
         )
     except SafetensorError as error:
         raise DataError(_corrupt(Path(source.path), error)) from error
+    except UnpicklingError as error:
+        raise DataError(f"{source.path}: refused, nothing of it was run: {forbidden(str(error))}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{source.path}: transformers cannot open it: {_first_line(error)}") from error
+        raise refused(source, error) or DataError(
+            f"{source.path}: transformers cannot open it: {_first_line(error)}"
+        ) from error
 
 
 def _four_bits(loading: Loading) -> BitsAndBytesConfig:
@@ -216,6 +243,9 @@ def _without_dropout(config: Any) -> Any:
 
 
 def _finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # the row of pad gets no gradient, and where pad is EOS it is the row of EOS
     if loading.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

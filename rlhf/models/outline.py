@@ -27,13 +27,13 @@ def outline(spec: str) -> nn.Module:
 
 def _laid_out(source: Source, scalar: bool = False) -> nn.Module:
     try:
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
         scalar = scalar or any("SequenceClassification" in name for name in config.architectures or ())
         if scalar:
             config.num_labels = 1
         factory = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
         with torch.device("meta"):
-            return factory.from_config(config)
+            return factory.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{source.path}: cannot be laid out: {str(error).strip().splitlines()[0]}") from error
 

@@ -51,7 +51,9 @@ def computing_in(precision: Precision, roles: Roles, rows: Sequence[list[int]], 
         with torch.no_grad(), torch.autocast(roles.device.type, torch.bfloat16, enabled=precision.autocast):
             roles.calibrate(rows, batch_size)
             yield described(model)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of memory: {error}\nlower batch_size") from error
+    except (RuntimeError, MemoryError) as error:
+        if full := OutOfMemory.behind(error, "lower batch_size"):
+            raise full from error
+        raise
     finally:
         undo(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config.schema import PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch, pad, token_batch
@@ -138,13 +138,13 @@ class Roles:
 def open_sft(config: SftConfig) -> Roles:
     model = load_actor(config.model.path, _loading(config), config.model.from_scratch)
     actor = _with_layers(model, config.model.path, config, scalar=False)
-    return _roles(config.model.path, ActorCritic(actor=actor))
+    return _roles(config.model.path, ActorCritic(actor=actor), config.trust_remote_code)
 
 
 def open_rm(config: RmConfig) -> Roles:
     model = load_scalar(config.model.path, _loading(config), new_head=True)
     critic = _with_layers(model, config.model.path, config, scalar=True)
-    return _roles(config.model.path, ActorCritic(critic=critic))
+    return _roles(config.model.path, ActorCritic(critic=critic), config.trust_remote_code)
 
 
 def open_ppo(config: PpoConfig) -> Roles:
@@ -173,6 +173,8 @@ def open_ppo(config: PpoConfig) -> Roles:
     if reward_source is not None:
         reward = load_scalar(reward_source, replace(loading, nf4=False))
         roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(reward, config))))
+    for frozen in roles.frozen:
+        _require_rows(frozen, roles.tokenizer)  # pyright: ignore[reportArgumentType]
     if config.frozen_layers:
         roles.notes.append(_share_frozen_layers(roles, config.frozen_layers))
     return roles
@@ -195,27 +197,29 @@ def _share_frozen_layers(roles: Roles, count: int) -> str:
 
 def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:
     source = config.roles
-    roles = _roles(source.actor, policy)
+    roles = _roles(source.actor, policy, config.trust_remote_code)
     others = ("reference", source.reference), ("critic", source.critic), ("reward model", reward_model_of(config))
     for role, spec in others:
         if spec not in (None, "zero"):
-            _same_tokenizer(source.actor, roles.tokenizer, role, spec)
+            _same_tokenizer(source.actor, roles.tokenizer, role, spec, config.trust_remote_code)
     return roles
 
 
-def open_policy(spec: str) -> Roles:
+def open_policy(spec: str, trust_remote_code: bool = False) -> Roles:
     """A policy that is used and not trained."""
-    return _in_use(spec, ActorCritic(actor=load_actor(spec, Loading())))
+    actor = load_actor(spec, Loading(trust_remote_code=trust_remote_code))
+    return _in_use(spec, ActorCritic(actor=actor), trust_remote_code)
 
 
-def open_reward_model(spec: str) -> Roles:
+def open_reward_model(spec: str, trust_remote_code: bool = False) -> Roles:
     """A reward model, or critic, that is used and not trained: it stands in the critic's place."""
-    return _in_use(spec, ActorCritic(critic=load_scalar(spec, Loading())))
+    critic = load_scalar(spec, Loading(trust_remote_code=trust_remote_code))
+    return _in_use(spec, ActorCritic(critic=critic), trust_remote_code)
 
 
-def _in_use(spec: str, policy: ActorCritic) -> Roles:
+def _in_use(spec: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _roles(spec, freeze(policy).to(device))
+    return _roles(spec, freeze(policy).to(device), trust_remote_code)
 
 
 def reward_model_of(config: PpoConfig) -> str | None:
@@ -264,17 +268,31 @@ def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.M
     return add_lora(model, source, lora, scalar, config.seed)  # pyright: ignore[reportArgumentType]
 
 
-def _roles(source: str, policy: ActorCritic) -> Roles:
-    tokenizer, generation = load_tokenizer(source), load_generation_config(source)
+def _roles(source: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
+    tokenizer, generation = load_tokenizer(source, trust_remote_code), load_generation_config(source)
+    _require_rows(policy, tokenizer)
     stops = stop_ids(generation, tokenizer)
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     generation.pad_token_id = tokenizer.pad_token_id
     return Roles(policy, tokenizer, generation)
 
 
-def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, spec: str) -> None:
+def _require_rows(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError where a token has no row in the embedding of a model that is given its ids."""
+    highest = max(tokenizer.get_vocab().values())
+    for part in filter(None, (policy.actor, policy.critic)):
+        model: PreTrainedModel = unwrapped(part)  # pyright: ignore[reportAssignmentType]
+        rows = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+        if highest >= rows:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path} has ids up to {highest}, the embedding of {model.config.name_or_path} "
+                f"only {rows} rows; they do not belong together: put the model's own tokenizer beside it"
+            )
+
+
+def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, spec: str, trust_remote_code: bool) -> None:
     """Token ids of the actor are handed to the others as they are, so these must have been trained with the same ones."""
-    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(spec))
+    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(spec, trust_remote_code))
     for what in ("tokenizer", "template"):
         if ours[what] != theirs[what]:
             raise DataError(
@@ -285,4 +303,11 @@ def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, s
 
 def _loading(config: Stage) -> Loading:
     nf4 = config.lora.base == "nf4"
-    return Loading(DTYPES[config.precision], config.attention, config.gradient_checkpointing, config.seed, nf4)
+    return Loading(
+        DTYPES[config.precision],
+        config.attention,
+        config.gradient_checkpointing,
+        config.seed,
+        nf4,
+        config.trust_remote_code,
+    )

@@ -100,7 +100,7 @@ def critic_of(policy: ActorCritic) -> nn.Module:
     actor: PreTrainedModel = unwrapped(policy.actor)  # pyright: ignore[reportAssignmentType]
     config = type(actor.config).from_dict({**actor.config.to_dict(), "num_labels": 1})
     with torch.device("meta"):
-        scalar = AutoModelForSequenceClassification.from_config(config)
+        scalar = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     prefix = f"{actor.base_model_prefix}."
     weights = {name: tensor for name, tensor in _plain_weights(policy.actor).items() if name.startswith(prefix)}
     weights |= {f"{HEAD}.{name}": tensor for name, tensor in policy.value_head.state_dict().items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.checkpoints.directory import TRACKER, is_megatron
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 
 Role = Literal["model", "critic"]
 
@@ -29,6 +29,9 @@ class Source:
     run: Path | None
 
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 def resolve(spec: str, role: Role = "model") -> Source:
     """Find the model a user names.
 
@@ -41,7 +44,11 @@ def resolve(spec: str, role: Role = "model") -> Source:
         DataError: nothing of the kind is there; the message says what was looked for.
     """
     path = Path(spec)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"{spec}: no such model: {error.strerror}") from error
+    if is_directory:
         return _in_directory(path, role)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -54,6 +61,15 @@ def resolve(spec: str, role: Role = "model") -> Source:
         f"{spec}: no such model. Looked for a run directory, a directory with config.json or adapter_config.json, "
         "and a .gguf file of this name; a Hub id has the form owner/name or owner/name@revision"
     )
+
+
+def require_pinned(source: Source) -> None:
+    """Raises ConfigError for a Hub model whose code may be run and might be another one tomorrow."""
+    if source.kind == "hub" and not COMMIT.fullmatch(source.revision or ""):
+        raise ConfigError(
+            f"trust_remote_code: {source.path} must be pinned, as its code is run: write {source.path}@COMMIT, "
+            "the 40 hex digits of a commit that you have read"
+        )
 
 
 def _means_a_path(spec: str) -> bool:

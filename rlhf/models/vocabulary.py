@@ -56,7 +56,9 @@ def plan_growth(spec: str, pieces: Pieces, multiple_of: int = 1) -> tuple[Growth
     source = local(resolve(spec))
     if (Path(source.path) / "adapter_config.json").is_file():
         raise DataError(f"{spec}: a LoRA adapter has no vocabulary of its own; merge it first: rlhf convert {spec} DST --to hf")
-    rows = AutoConfig.from_pretrained(source.path, revision=source.revision).get_text_config().vocab_size
+    rows = (
+        AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False).get_text_config().vocab_size
+    )
     merged = merge_pieces(backend, pieces.texts)
     if pieces.listed and merged.refused:
         named = [f"{piece!r}: {reason}" for piece, reason in list(merged.refused.items())[:NAMED]]
@@ -84,7 +86,7 @@ def grow(spec: str, directory: Path, growth: Growth, merged: Merged) -> None:
     if directory.exists():
         raise OutputError(f"{directory}: is there already; name another, or remove it")
     source = local(resolve(spec))
-    config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+    config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     model = load_actor(spec, Loading(dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32))
     tokenizer = _reopened(load_tokenizer(spec), merged.tokenizer)
     _add_rows(model, merged.splits, growth)
@@ -97,7 +99,7 @@ def _reopened(tokenizer: PreTrainedTokenizerBase, grown: Tokenizer) -> PreTraine
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         grown.save(f"{directory}/tokenizer.json")
-        opened = AutoTokenizer.from_pretrained(directory)
+        opened = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if opened.get_vocab() != grown.get_vocab():
         raise DataError(
             f"{type(tokenizer).__name__}: this class of transformers does not open what was merged into its tokenizer.json"

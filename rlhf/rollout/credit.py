@@ -20,7 +20,7 @@ from rlhf.rollout.experience import Experience
 
 
 class RunningScores:
-    """Moments of every score seen so far; part of a training checkpoint."""
+    """Moments of every finite score seen so far; part of a training checkpoint."""
 
     def __init__(self) -> None:
         self.moments = Moments.empty()
@@ -64,14 +64,18 @@ def shaped_scores(experience: Experience, config: Reward, running: RunningScores
     """(B,) scores after weighting, normalising, clipping and the rule for replies that never end, in this order."""
     scores = config.weight * experience.scores.to(experience.values.dtype)
     if config.normalize == "running":
-        running.moments = running.moments.merge(Moments.of(scores))
+        running.moments = running.moments.merge(Moments.of(scores, scores.isfinite()))
         scores = normalize_scores(scores, running.moments)
     scores = clip_scores(scores, config.clip)
     return apply_missing_eos(scores, experience.finished, config.missing_eos, config.missing_eos_value)
 
 
 def sequence_kl(experience: Experience) -> float:
-    """Mean over replies of the summed k1 estimate of KL(actor || reference), in nats."""
+    """Mean over replies of `reply_kl`."""
+    return reply_kl(experience).mean().item()
+
+
+def reply_kl(experience: Experience) -> Tensor:
+    """(B,) the k1 estimate of KL(actor || reference) summed over a reply, in nats."""
     assert experience.reference_logprobs is not None
-    per_token = zero_outside(k1(experience.logprobs, experience.reference_logprobs), experience.mask)
-    return per_token.sum(1).mean().item()
+    return zero_outside(k1(experience.logprobs, experience.reference_logprobs), experience.mask).sum(1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.rollout.credit import sequence_kl
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.rewards import call_by_name, checked_scores, decode, load_function
+from rlhf.rollout.rewards import Reader, checked_scores, decode
 
 
 def evaluate(
-    experience: Experience, texts: Sequence[str], scorers: Sequence[str], tokenizer: PreTrainedTokenizerBase, keep: int
+    experience: Experience, texts: Sequence[str], scorers: Sequence[Reader], tokenizer: PreTrainedTokenizerBase, keep: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(means over all replies, the first `keep` replies with their scores).
 
@@ -24,10 +25,10 @@ def evaluate(
     responses = decode(replies, tokenizer)
     columns: dict[str, list[float]] = {"score": experience.scores.tolist(), "length": mask.sum(1).double().tolist()}
     columns["ended"] = experience.finished.double().tolist()
-    for source in scorers:
-        values = call_by_name(load_function(source), source, prompts=list(texts), responses=responses)
-        named = values if isinstance(values, Mapping) else {source.rpartition(":")[2]: values}
-        columns |= {name: checked_scores(list(column), len(texts), source) for name, column in named.items()}
+    for scorer in scorers:
+        values, function = scorer(texts, responses), scorer.source.rpartition(":")[2]
+        named = values if isinstance(values, dict) else {function: values}
+        columns |= {name: checked_scores(column, len(texts), scorer.source) for name, column in named.items()}
     metrics = {name: sum(column) / len(column) for name, column in columns.items()}
     if experience.reference_logprobs is not None:
         metrics["kl"] = sequence_kl(experience)
@@ -35,7 +36,7 @@ def evaluate(
         {
             "prompt": texts[row],
             "response": responses[row],
-            "scores": {name: round(column[row], 4) for name, column in columns.items()},
+            "scores": {name: round(column[row], 4) for name, column in columns.items() if math.isfinite(column[row])},
         }
         for row in range(min(keep, len(texts)))
     ]

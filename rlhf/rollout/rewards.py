@@ -1,48 +1,70 @@
-"""Where scores come from: a reward model, a count of one token, or a Python function of the user's.
+"""Where scores come from: a reward model, a count of one token, or what reads text: a user's function, or a service.
 
-Every source maps samples to one finite number a reply. Left out: services, ensembles and functions in a process of their own.
+Every source maps samples to one number a reply. Left out: ensembles, and replies that go without a score.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
 import math
-import traceback
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Real
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.schema import Reward, is_service
 from rlhf.data.order import chunks
 from rlhf.errors import DataError
 from rlhf.models.roles import RewardModel
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import reply_batch, reply_tensors
+from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.services import RewardService
 
 RewardSource = Callable[[Samples, Sequence[str]], Tensor]
 """(samples, the users' words) -> (B,) scores"""
 
 
+LARGEST_SCORE = torch.finfo(torch.float32).max
+
+
+class Reader(Protocol):
+    """(prompts, replies) -> a score for each reply, not yet looked at."""
+
+    source: str
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Any: ...
+
+
+def open_reader(config: Reward) -> Reader | None:
+    """The user's function or service, if that is the reward: found and loaded, or a DataError or ConfigError that says why not.
+
+    It needs no model, so a run opens it before it loads any.
+    """
+    if is_service(config.source):
+        return RewardService(config.source, config.timeout_s, config.retries, config.allow_private)
+    if ":" in config.source and not config.source.startswith("count:"):
+        return FunctionProcess(config.source, config.timeout_s, config.retries)
+    return None
+
+
 def open_reward(
     source: str,
+    reader: Reader | None,
     model: RewardModel | None,
     tokenizer: PreTrainedTokenizerBase,
     micro_batch_size: int,
     most: Callable[[int], int] = lambda count: count,
 ) -> RewardSource:
     """`most` gives the largest of a number over all ranks, which call a model that they divide equally often."""
+    if reader is not None:
+        return TextReward(reader, tokenizer)
     if model is not None:
         return ModelReward(model, int(tokenizer.pad_token_id), micro_batch_size, most)  # pyright: ignore[reportArgumentType]
-    if source.startswith("count:"):
-        return CountReward(source.removeprefix("count:"), tokenizer)
-    return FunctionReward(source, tokenizer)
+    return CountReward(source.removeprefix("count:"), tokenizer)
 
 
 class ModelReward:
@@ -77,65 +99,37 @@ class CountReward:
         return torch.tensor([float(sum(token in self.ids for token in response)) for response in samples.responses])
 
 
-class FunctionReward:
-    """`module:function` or `file.py:function`, called with those of `prompts` and `responses` (lists of str) that it names."""
+class TextReward:
+    """A user's function or a service: it is given prompts and replies as text."""
 
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.source, self.tokenizer, self.function = source, tokenizer, load_function(source)
+    def __init__(self, reader: Reader, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.reader, self.tokenizer = reader, tokenizer
 
     def __call__(self, samples: Samples, texts: Sequence[str]) -> Tensor:
-        scores = call_by_name(
-            self.function, self.source, prompts=list(texts), responses=decode(samples.responses, self.tokenizer)
-        )
-        return torch.tensor(checked_scores(scores, len(samples), self.source))
+        scores = self.reader(list(texts), decode(samples.responses, self.tokenizer))
+        return torch.tensor(checked_scores(scores, len(samples), self.reader.source))
 
 
 def decode(responses: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]  # pyright: ignore
 
 
-def load_function(source: str) -> Callable[..., Any]:
-    """Raises DataError when the place or the function is not there."""
-    place, _, name = source.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except Exception as error:  # whatever the user's own module does
-        raise DataError(f"{source}: cannot import {place!r}: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
-        raise DataError(f"{source}: {place} has no function {name!r}")
-    return getattr(module, name)
-
-
-def call_by_name(function: Callable[..., Any], source: str, **offered: Any) -> Any:
-    wanted = inspect.signature(function).parameters
-    unknown = [name for name, p in wanted.items() if name not in offered and p.default is p.empty and p.kind not in (2, 4)]
-    if unknown:
-        raise DataError(f"{source}: asks for {', '.join(unknown)}; what can be given is {', '.join(offered)}")
-    try:
-        return function(**{name: value for name, value in offered.items() if name in wanted})
-    except Exception as error:  # the user's own code: the message says where in it
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise DataError(f"{source}: raised {type(error).__name__} at {place.filename}:{place.lineno}: {error}") from error
-
-
 def checked_scores(scores: Any, count: int, source: str) -> list[float]:
-    """`count` finite floats, or a DataError that names the first that is none."""
-    if not hasattr(scores, "__len__") or len(scores) != count:
+    """`count` numbers that float32 can hold, or a DataError that names the first that is none.
+
+    True and False are 1 and 0, as everywhere in Python; text is no number, whatever it says. NaN and infinity pass: what
+    becomes of them is the run's to say (non_finite). None of it is tried again: the same replies would get the same scores.
+    """
+    if not isinstance(scores, list) or len(scores) != count:
         raise DataError(f"{source}: returned {_described(scores)}, expected a list of {count} numbers")
     for row, score in enumerate(scores):
-        if hasattr(score, "item"):  # a number of torch or numpy
-            score = score.item()
-        if not isinstance(score, Real) or not math.isfinite(score):
-            raise DataError(f"{source}: the score of reply {row} is {score!r}, expected a finite number; mend the function")
+        found = f"{source}: the score of reply {row} is {reprlib.repr(score)}"
+        if not isinstance(score, int | float):
+            raise DataError(f"{found}, expected a number; mend the function")
+        if LARGEST_SCORE < abs(score) < math.inf:
+            raise DataError(f"{found}, more than float32 holds; scale the scores down")
     return [float(score) for score in scores]
 
 
 def _described(scores: Any) -> str:
-    return f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
+    return f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__

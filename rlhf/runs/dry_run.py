@@ -6,9 +6,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from rlhf.config.engines import require_fit
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
-from rlhf.runs.launch import command, machines_of, printable
+from rlhf.data.shapes import Kind, Schema
+from rlhf.runs.launch import command, engine_of, machines_of, printable
+
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
@@ -19,6 +23,7 @@ def describe(invocation: Invocation) -> dict[str, Any]:
     how = invocation.stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
     commands = [command(*how, replace(machines, rank=rank)) for rank in range(machines.count)]
     _, env = commands[0]
+    require_together(invocation)
     return {
         "stage": invocation.stage,
         "config": config.model_dump(mode="json"),
@@ -26,6 +31,13 @@ def describe(invocation: Invocation) -> dict[str, Any]:
         "commands": [printable(*one) for one in commands],
         "writes": writes(config),
     }
+
+
+def require_together(invocation: Invocation) -> None:
+    """Raises ConfigError where the config does not go with the launch file's engine, or names columns its rows do not have."""
+    data = invocation.config.data
+    require_fit(invocation.config, engine_of(invocation.launch))
+    Schema.of(ROWS[invocation.stage], data.columns, getattr(data, "json_key", None), data.extra_columns)
 
 
 def batches(config: Any, processes: int) -> list[str]:

@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from rlhf.config.engines import require_packages
 from rlhf.config.parse import Invocation
 from rlhf.runs import launch
-from rlhf.runs.dry_run import batches
+from rlhf.runs.dry_run import batches, require_together
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, say_done
@@ -23,6 +24,7 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
         quiet: keep standard output clear; what would go there goes to standard error.
 
     Raises:
+        ConfigError: launch file, config and rows do not go together.
         OutputError: the output directory cannot be made or written.
         Locked: another run is writing there.
         DataError: as `lineage.state_of`.
@@ -32,6 +34,8 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     how = stage, invocation.launch, invocation.nproc, invocation.arguments, config.threads
     machines = launch.machines_of(invocation.launch, invocation.machines)
     argv, env = launch.command(*how, machines)
+    require_together(invocation)
+    require_packages(config, launch.engine_of(invocation.launch))
     if invocation.unit_test:
         print(launch.printable(argv, env), file=sys.stderr, flush=True)
         return launch.run(argv, env, None)

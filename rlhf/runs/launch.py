@@ -14,11 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rlhf import paths
+from rlhf.config.engines import Engine
 from rlhf.config.machines import ONE_MACHINE, PORT, Machines
-from rlhf.errors import ConfigError, Locked, UsageError
+from rlhf.errors import Locked, UsageError
+from rlhf.runs.launch_file import find_launch_file, read_launch_file
 from rlhf.runs.lock import check_unlocked
 from rlhf.runs.manifest import STATUS, read_status, write_status
 
@@ -48,19 +49,17 @@ def command(
         nproc = nproc or machines.count
         local = _share(nproc, machines.count)
         return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"}
-    file = _launch_file(launch)
-    settings = _settings(file, nproc or 1)
-    processes = nproc or settings["num_processes"]
+    file = find_launch_file(launch)
+    settings = read_launch_file(file, nproc or 1)
+    settings.engine(file)
+    processes = nproc or settings.num_processes
     options = ["--config_file", str(file), "--num_processes", str(processes), "--num_machines", str(machines.count)]
     if machines.count > 1:
         options += ["--machine_rank", str(machines.rank)]
         options += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
-        if settings.get("distributed_type") == "DEEPSPEED":
+        if settings.distributed_type == "DEEPSPEED":
             # the command runs on every machine; accelerate's default would have one start the others through pdsh
             options += ["--deepspeed_multinode_launcher", "standard"]
-    deepspeed_file = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if deepspeed_file and paths.shipped_or_own(deepspeed_file) is None:
-        raise UsageError(f"{file}: deepspeed_config_file {deepspeed_file}: no such file, neither here nor among those shipped")
     local = _share(processes, machines.count)
     argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
     return argv, _environment(processes, local, threads)
@@ -74,17 +73,25 @@ def machines_of(launch: str, asked: Machines | None) -> Machines:
     """
     if asked is not None or launch in ("auto", "cpu"):
         return asked or ONE_MACHINE
-    file = _launch_file(launch)
-    settings = _settings(file, 1)
-    if settings["num_machines"] == 1:
+    file = find_launch_file(launch)
+    settings = read_launch_file(file, 1)
+    if settings.num_machines == 1:
         return ONE_MACHINE
-    if not settings.get("main_process_ip"):
+    if not settings.main_process_ip:
         raise UsageError(
-            f"{file}: {settings['num_machines']} machines and no main_process_ip: set it and machine_rank there, "
+            f"{file}: {settings.num_machines} machines and no main_process_ip: set it and machine_rank there, "
             "or give --num-machines, --machine-rank and --main-address"
         )
-    place = settings.get("machine_rank") or 0, settings["main_process_ip"], settings.get("main_process_port") or PORT
-    return Machines(settings["num_machines"], *place)
+    place = settings.machine_rank or 0, settings.main_process_ip, settings.main_process_port or PORT
+    return Machines(settings.num_machines, *place)
+
+
+def engine_of(launch: str) -> Engine:
+    """The engine that a launch file names; all others are plain processes."""
+    if launch in ("auto", "cpu"):
+        return Engine("ddp", 0)
+    file = find_launch_file(launch)
+    return read_launch_file(file, 1).engine(file)
 
 
 def printable(argv: list[str], env: dict[str, str]) -> str:
@@ -214,36 +221,6 @@ def _environment(processes: int, local: int, threads: int) -> dict[str, str]:
         # A launcher that starts fewer processes than it was asked for says nothing; the stage compares.
         "RLHF_EXPECTED_WORLD_SIZE": str(processes),
     }
-
-
-def _launch_file(launch: str) -> Path:
-    file = Path(launch) if launch.endswith((".yaml", ".yml", ".json")) else paths.CONFIGS / "launch" / f"{launch}.yaml"
-    if file.is_file():
-        return file
-    names = ", ".join(sorted(path.stem for path in (paths.CONFIGS / "launch").glob("*.yaml")))
-    raise UsageError(f"--launch {launch}: no file {file}; there are auto, {names}, or give an Accelerate config file")
-
-
-def _settings(file: Path, nproc: int) -> dict[str, Any]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file}: not an Accelerate config: expected `name: value` lines; `accelerate config` writes one")
-    kind = str(settings.get("distributed_type", "NO"))
-    if settings.get("mixed_precision") not in (None, "no", False):
-        raise ConfigError(
-            f"{file}: mixed_precision is {settings['mixed_precision']}; precision belongs to the stage's config: "
-            "set `precision` there and `mixed_precision: no` here"
-        )
-    if kind == "MULTI_CPU" or (settings.get("use_cpu") and nproc > 1):
-        raise UsageError(f"{file}: Accelerate would start one process without mpirun; use --launch cpu --nproc N")
-    if kind == "NO" and nproc > 1:
-        raise UsageError(f"{file}: starts one process, --nproc asks for {nproc}; use --launch ddp")
-    return {"num_processes": 1, "num_machines": 1} | settings
 
 
 def _free_port() -> int:

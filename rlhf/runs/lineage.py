@@ -1,7 +1,7 @@
 """What a run was made from, whether that still holds, and so whether a run is new, can go on, or is done.
 
 Inputs are compared by content: a pipeline may be moved as a whole, and a parent made again to the same bytes is the
-same parent. What only has a name (a Hub id, an imported reward function) is compared by name.
+same parent. What only has a name (a Hub id, an imported reward function, a reward service) is compared by name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.checkpoints.directory import iteration_directory
-from rlhf.config.schema import Stage
+from rlhf.config.schema import Stage, is_service
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
-from rlhf.models.source import resolve
+from rlhf.models.source import require_pinned, resolve
 from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, read_manifest, versions
 
 RunState = Literal["new", "resume", "done"]
@@ -37,8 +37,11 @@ INPUT_FIELDS = {
 SCORERS = "eval.scorers"
 """A list of functions; each is an input by the name `eval.scorers[0]` and so on."""
 
-# Config sections that say where and how often to write, not what is computed.
-OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours")
+# Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
+OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
+
+# Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
+WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
 MACHINE = ("world_size", "threads", "engine", "device")
 """With the versions of packages, what the last bits of a run in progress hang on. A finished one stays what it is elsewhere."""
@@ -72,6 +75,8 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         spec = fields.get(field)
         if spec is None or spec == "zero":  # a critic without a model of its own
             continue
+        if config.trust_remote_code and not _is_no_model(name, spec):
+            require_pinned(resolve(spec))
         digest = _digest(name, spec)
         if digest is None:
             inputs[name] = {"path": spec, "digest": None, "parent": None}
@@ -91,7 +96,7 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     config = {
         field: value
         for field, value in _flat(manifest["config"]).items()
-        if field.split(".")[0] not in OUTPUT_FIELDS and field not in told_by_content
+        if field.split(".")[0] not in OUTPUT_FIELDS and field not in WAITING_FIELDS and field not in told_by_content
     }
     contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
     machine = {name: manifest[name] for name in MACHINE}
@@ -184,9 +189,9 @@ def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
     if name.startswith("data."):
         return _digest_of_file(Path(spec), f"{name}: ")
-    if (name == "reward" and ":" in spec) or name.startswith(SCORERS):
+    if _is_no_model(name, spec):
         file, _, function = spec.rpartition(":")
-        if spec.startswith("count:") or not file.endswith(".py"):
+        if is_service(spec) or spec.startswith("count:") or not file.endswith(".py"):
             return None
         return text_digest(f"{_digest_of_file(Path(file), f'{INPUT_FIELDS.get(name, name)}: ')}:{function}")
     source = resolve(spec, "critic" if name == "critic" else "model")
@@ -197,8 +202,16 @@ def _digest(name: str, spec: str) -> str | None:
     return tree_digest(source.path) if source.kind == "directory" else file_digest(source.path)
 
 
+def _is_no_model(name: str, spec: str) -> bool:
+    return name.startswith(("data.", SCORERS)) or (name == "reward" and ":" in spec)
+
+
 def _digest_of_file(path: Path, field: str) -> str:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise DataError(f"{field}no file {path}: {error.strerror}") from error
+    if not found:
         raise DataError(f"{field}no file {path}" + (" (it is a directory)" if path.is_dir() else ""))
     return file_digest(path)
 

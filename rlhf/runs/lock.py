@@ -55,6 +55,12 @@ def check_output(directory: Path) -> None:
         OutputError: it could not; the message names what stands in the way.
     """
     place = directory.absolute()
+    try:
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{directory}: cannot be made: {error.strerror}; choose another --output") from error
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.digest import file_digest, file_digests, text_digest, tree_digest
-from rlhf.errors import DataError
+from rlhf.errors import DataError, without_secrets
 
 SCHEMA_VERSION = 1
 
@@ -151,7 +151,7 @@ def manifest_digest(run: Path) -> str:
 def write_status(run: Path, state: State, reason: str = "", exit_code: int | None = None) -> None:
     """Say how the run is doing; `reason` is one sentence for a person."""
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "time": now()}
-    write_json(run / STATUS, {"state": state, "reason": reason, "exit_code": exit_code, **owner})
+    write_json(run / STATUS, {"state": state, "reason": without_secrets(reason), "exit_code": exit_code, **owner})
 
 
 def read_status(run: Path) -> dict[str, Any] | None:

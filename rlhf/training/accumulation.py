@@ -28,6 +28,13 @@ def micro_batches(items: Sequence[Item], size: int, rank: int, world_size: int) 
     return mine + [MicroBatch(list(items[:1]), 0.0)] * (count - len(mine))
 
 
+def rank_of_rows(count: int, minibatch_size: int, world_size: int) -> list[int]:
+    """Which rank has a row of an iteration of PPO in `scoring_micro_batches`."""
+    places = range(world_size)
+    parts = [(rank, share(mini, rank, world_size)) for mini in chunks(range(count), minibatch_size) for rank in places]
+    return [rank for _, rank in sorted((row, rank) for rank, rows in parts for row in rows)]
+
+
 def scoring_micro_batches(count: int, minibatch_size: int, size: int, rank: int, world_size: int) -> list[MicroBatch]:
     """This rank's rows of an iteration of PPO, in the very micro-batches in which the first epoch takes them."""
     return [micro for mini in chunks(range(count), minibatch_size) for micro in micro_batches(mini, size, rank, world_size)]

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from rlhf.config.parse import Invocation, parse
-from rlhf.errors import RlhfError, UsageError
+from rlhf.errors import OutOfMemory, RlhfError, UsageError, without_secrets
 
 
 def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
@@ -22,6 +22,10 @@ def run_stage(stage: str, main: Callable[[Invocation], None]) -> None:
     except RlhfError as error:
         print(f"rlhf: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Exception:  # our own bug: the only traceback a user sees, with the code that says so
-        traceback.print_exc()
+    except Exception as error:
+        if full := OutOfMemory.behind(error, "before training began: use a machine with more, or a smaller model"):
+            print(f"rlhf: error: {full}", file=sys.stderr)
+            sys.exit(full.exit_code)
+        # our own bug: the only traceback a user sees, with the code that says so
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
         sys.exit(70)

@@ -41,7 +41,7 @@ class Subject:
 
 def evaluate(invocation: Invocation[EvalConfig]) -> int:
     config, console = invocation.config, Console("eval", speak=True)
-    subject = (_reward_model if is_scalar(config.model) else _policy)(config, console)
+    subject = (_reward_model if is_scalar(config.model, config.trust_remote_code) else _policy)(config, console)
     measured: dict[str, Tensor] = {}
     for precision in precisions(config):
         with computing_in(precision, subject.roles, subject.rows, config.batch_size) as in_fp8:
@@ -85,7 +85,7 @@ def table(result: dict[str, Any]) -> Iterable[str]:
 
 
 def _policy(config: EvalConfig, console: Console) -> Subject:
-    roles = open_policy(config.model)
+    roles = open_policy(config.model, config.trust_remote_code)
     console.note(f"{config.model}: a policy, evaluated on chats, prompts with completions, or text")
     found = sft_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
     _say(console, found.notes)
@@ -118,7 +118,7 @@ def _reward_model(config: EvalConfig, console: Console) -> Subject:
     for field, default in (("json_key", None), ("loss_on", "responses")):
         if getattr(config.data, field) != default:
             raise ConfigError(f"data.{field}: {config.model} is a reward model, evaluated on pairs; that is for policies")
-    roles = open_reward_model(config.model)
+    roles = open_reward_model(config.model, config.trust_remote_code)
     console.note(f"{config.model}: a reward model, evaluated on pairs of a chosen and a rejected reply")
     found = pair_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
     _say(console, found.notes)

@@ -26,7 +26,7 @@ from rlhf.rollout.sampling import Sampling
 def generate(invocation: Invocation[GenerateConfig]) -> int:
     config, console, output = invocation.config, Console("generate", speak=True), Path(invocation.config.output)
     _check_output(output)
-    roles = open_policy(config.model)
+    roles = open_policy(config.model, config.trust_remote_code)
     template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
     found = prompt_examples(config.data.file, config.data, template)
     for note in found.notes:

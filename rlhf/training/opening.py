@@ -33,6 +33,7 @@ VISIBLE_WITHIN_SECONDS = 30
 LEFT_BY_A_KILL = (".*.json-*", ".*.jsonl-*", ".seen-*")
 """Files under names that only their writer knows; the lock is held when they are removed, so none is."""
 
+SMALLER = "lower micro_batch_size, or set gradient_checkpointing: true"
 
 CLOSED = ("connection reset", "connection closed", "connection refused", "broken pipe", "read error")
 """In what gloo says of a process that was there."""
@@ -65,12 +66,8 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
             if config.report.trackers:
                 accelerator.init_trackers(stage)
             yield train
-        except torch.OutOfMemoryError as error:
-            advice = "lower micro_batch_size, or set gradient_checkpointing: true"
-            _record(train, OutOfMemory(f"out of memory: {error}; {advice}"))
-            raise OutOfMemory(f"out of memory: {error}\n{advice}") from error
         except BaseException as error:
-            cause = _lost_rank(train, error) or _full_disk(train, error) or error
+            cause = OutOfMemory.behind(error, SMALLER) or _lost_rank(train, error) or _full_disk(train, error) or error
             _record(train, cause)
             if cause is error:
                 raise

@@ -41,12 +41,12 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float) -> float:
-    """Clips, steps and clears the gradients, which ranks may divide; their norm, and no step, where that is not finite."""
+    """Clips, steps and clears the gradients, which ranks may divide; their norm. Where that is not finite it does not step."""
     norm: Any = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a DTensor: who has none imports none
     if norm < float("inf"):
         optimizer.step()
-        optimizer.zero_grad()
+    optimizer.zero_grad()
     return norm
 
 

@@ -16,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from rlhf.config.schema import PpoConfig, Stage
+from rlhf.config.engines import Engine as Named
+from rlhf.config.engines import require_fit
+from rlhf.config.schema import Stage
 from rlhf.errors import ConfigError
 from rlhf.paths import shipped_or_own
 from rlhf.training.engines import Engine
@@ -82,11 +84,8 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
         return accelerator, DataParallel(accelerator)
     if not torch.distributed.is_initialized():
         raise ConfigError("the launch file asks for ZeRO or FSDP, and one process has nobody to divide with: give --nproc 2")
-    if config.fp8.recipe != "none" and config.fp8.probe.every:
-        raise ConfigError("fp8.probe.every must be 0 with ZeRO and FSDP: the probe puts weights back that each rank has whole")
     engine = _fsdp(accelerator) if fsdp else _zero(config, accelerator)
-    if "weights" in engine.divided:
-        _require_divisible(config, engine.name)
+    require_fit(config, Named(engine.name, len(engine.divided)))
     return accelerator, engine
 
 
@@ -101,8 +100,6 @@ def _zero(config: Stage, accelerator: Accelerator) -> Engine:
         from rlhf.training.engines.zero import Zero  # who does not ask for DeepSpeed need not have it
     except ImportError as error:
         raise ConfigError(f"the launch file asks for DeepSpeed: {error}; pip install 'rlhf[deepspeed]'") from error
-    if config.precision == "fp64":
-        raise ConfigError("precision fp64: DeepSpeed keeps its state in float32; use --launch ddp or fsdp")
     named = os.environ.get(DEEPSPEED_FILE)
     if named and (file := shipped_or_own(named)):
         os.environ[DEEPSPEED_FILE] = str(file)
@@ -112,17 +109,6 @@ def _zero(config: Stage, accelerator: Accelerator) -> Engine:
         raise ConfigError(f"the launch file's deepspeed_config: {error}") from error
     micro_batch_size: int = config.micro_batch_size  # pyright: ignore[reportAttributeAccessIssue]
     return Zero(settings, accelerator.device, micro_batch_size, config.precision == "bf16")
-
-
-def _require_divisible(config: Stage, engine: str) -> None:
-    """Raises ConfigError for weights that cannot be divided among ranks."""
-    if isinstance(config, PpoConfig) and config.frozen_layers:
-        raise ConfigError(
-            f"frozen_layers must be 0 in PPO with {engine}: it divides a layer for one role only, and these have several; "
-            "use --launch ddp or zero2, or roles.mode adapters"
-        )
-    if config.lora.base != "plain":
-        raise ConfigError(f"lora.base must be `plain` with {engine}: it cannot divide weights of 4 bits; use --launch zero2")
 
 
 class Peer(NamedTuple):

@@ -7,7 +7,6 @@ and a few counters, and a resumed run is equal to the bit.
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from rlhf.config.schema import Optimizer, Schedule, Stage
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import CheckFailed, DataError, Preempted
+from rlhf.errors import DataError, Preempted
 from rlhf.fp8.apply import described
 from rlhf.fp8.state import advance, forget_weights, fp8_layers, fp8_state, load_fp8_state, uncalibrated
 from rlhf.report.console import Console
@@ -38,7 +37,8 @@ from rlhf.training import checkpoint
 from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
-from rlhf.training.memory import memory_line, require_divided
+from rlhf.training.memory import memory_line, require_divided, require_memory
+from rlhf.training.non_finite import NonFinite, finite_only
 from rlhf.training.optimization import MOMENTS, open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
@@ -71,7 +71,8 @@ class Training:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
         self.manifest: dict[str, Any] = {}
-        self.states: dict[str, Stateful] = {}
+        self.non_finite = NonFinite(self)
+        self.states: dict[str, Stateful] = {"non_finite": self.non_finite}
         self.result: dict[str, Any] = {}
         self.stats = Stats()
         self.frozen: list[nn.Module] = []
@@ -79,6 +80,8 @@ class Training:
         """Are given each step's metrics, on every rank."""
         self.diverted = False
         """Whether metrics go elsewhere for a while, so that trackers are not told."""
+        self.asked: dict[str, set[bytes]] = {}
+        """By data file: digests of the prompts in it."""
         self.peers: list[Peer] = []
         self.patient: Any = torch.distributed.new_group(backend="gloo", timeout=FILES_TIMEOUT) if self.world_size > 1 else None
         self.step_done, self.tokens_done = 0, 0.0
@@ -100,6 +103,7 @@ class Training:
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
+        require_memory(self)
         self._require_room(policy)
         optimizer_state = self._resume()
         self._keep_no_whole_weights(policy)
@@ -176,9 +180,11 @@ class Training:
         step = self.step_done
         self._reseed(step)
         self._started, self._times, self.stats = time.monotonic(), {}, Stats()
+        self.non_finite.begin_step()
         yield step
         self.step_done = step + 1
-        advance(self.policy, self._largest)
+        if self.non_finite.steps_taken:
+            advance(self.policy, self._largest)
 
     def stop_if_asked(self) -> None:
         """Ends the run without saving; its last checkpoint is where it goes on."""
@@ -193,6 +199,7 @@ class Training:
         """This rank's micro-batches; gradients are exchanged with the last one only."""
         micros = micro_batches(items, size, self.rank, self.world_size)
         for number, micro in enumerate(micros, start=1):
+            self.non_finite.items = micro.items
             with self.engine.accumulating(last=number == len(micros)):
                 yield micro
 
@@ -201,13 +208,13 @@ class Training:
 
         The engines average gradients over ranks; the loss is a sum over them, hence the factor.
         """
-        self.engine.backward(loss * self.world_size)
+        self.engine.backward(self.non_finite.watched(loss) * self.world_size)
 
-    def optimizer_step(self, tokens: float = 0.0, frozen_roles: Sequence[str] = ()) -> None:
+    def optimizer_step(self, tokens: float = 0.0, frozen_roles: Sequence[str] = ()) -> bool:
         """One optimizer step. `tokens` advances a schedule counted in tokens; `frozen_roles` keep their weights to the bit.
 
-        Raises:
-            CheckFailed: the gradient is not finite; the weights are as they were.
+        Returns whether it was taken; not where a loss or the gradient is not finite: weights and optimizer are as they were.
+        Raises CheckFailed where `non_finite` has that end the run.
         """
         before = self.progress()
         self.tokens_done += tokens
@@ -217,11 +224,11 @@ class Training:
         for group in groups:
             group["lr"], group["frozen"] = group["peak"] * factor, group["role"] in frozen_roles
         norm = self.engine.step()
-        if not math.isfinite(norm):
-            raise CheckFailed(f"step {self.step_done}: the gradient norm is {norm}; the weights were not touched")
         forget_weights(self.policy)
-        self.stats.add("optimizer/grad_norm", norm)
         self.stats.put({"optimizer/lr": groups[0]["lr"]})
+        if taken := self.non_finite.accepts(norm):
+            self.stats.add("optimizer/grad_norm", norm)
+        return taken
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
@@ -267,6 +274,13 @@ class Training:
         """The examples of a file, after saying what became of it."""
         for note in [f"{path}: {len(found.items)} {what}", *found.notes]:
             self.note(note)
+        for earlier, asked in self.asked.items():
+            if shared := sum(row in asked for row in found.asked):
+                self.note(
+                    f"warning: {shared} of the {len(found.asked)} rows of {path} ask what rows of {earlier} ask: "
+                    "figures on them say less of prompts never seen"
+                )
+        self.asked[path] = set(found.asked)
         return found.items
 
     @contextmanager
@@ -280,8 +294,8 @@ class Training:
         return Stats.merged(self.gather(stats.plain())).means()
 
     def report(self, step: int, tokens: float, show: Sequence[str]) -> dict[str, float]:
-        """Writes the step's metrics line; `tokens` is how many this step handled over all ranks."""
-        values = self.reduce(self.stats)
+        """Writes the step's metrics line, of what is finite; `tokens` is how many this step handled over all ranks."""
+        values = finite_only(self.reduce(self.stats))
         times = self._times | {"time/step_s": time.monotonic() - self._started}
         for listener in self.listeners:
             listener(values)
@@ -298,14 +312,18 @@ class Training:
             )
         return values
 
-    def record_evaluation(self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()) -> None:
-        """Writes a metrics line of its own, and samples: an evaluation of the weights after `step` steps."""
+    def record_evaluation(
+        self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, float]:
+        """Writes, and returns, a metrics line of what is finite: an evaluation of the weights after `step` steps."""
+        values = self.non_finite.evaluated(step, values)
         if self.is_main:
-            self.metrics.append_once(step, dict(values))
+            self.metrics.append_once(step, values)
             for sample in samples:
                 self.samples.append_once(step, sample)
             if not self.diverted:
-                self.accelerator.log(dict(values), step=step)
+                self.accelerator.log(values, step=step)
+        return values
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 

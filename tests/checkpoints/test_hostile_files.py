@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
 import json
 import os
 import pickle
+import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -60,6 +64,25 @@ def patched(file: Path, begin: int, content: bytes) -> None:
     with file.open("r+b") as stream:
         stream.seek(begin)
         stream.write(content)
+
+
+def bomb(file: Path) -> None:
+    """200 MB of zeros in 200 kB."""
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("model_optim_rng/data/999", bytes(200 << 20))
+
+
+def tar_of(file: Path) -> None:
+    """As torch 0.1 saved, with a member that leads out."""
+    with tarfile.open(file, "w") as packed:
+        member = tarfile.TarInfo(f"../{WITNESS}")
+        member.size = 4
+        packed.addfile(member, io.BytesIO(b"gone"))
+
+
+def long_header(file: Path) -> None:
+    header = b'{"__metadata__":{"a":"' + b"x" * (101 << 20) + b'"}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 CASES: dict[str, Case] = {
@@ -129,6 +152,39 @@ CASES: dict[str, Case] = {
         "hf",
         lambda root: patched(root / "model.safetensors", 0, (1 << 60).to_bytes(8, "little")),
         "model.safetensors",
+    ),
+    "pt is a bomb of zeros": ("torch", lambda root: bomb(pt(root)), "data/999 in it is compressed"),
+    "pt is a tar": ("torch", lambda root: tar_of(pt(root)), "model_optim_rng.pt"),
+    "pt is TorchScript": (
+        "torch",
+        lambda root: torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), pt(root)),
+        "model_optim_rng.pt",
+    ),
+    "pt names a class through STACK_GLOBAL": (
+        "torch",
+        lambda root: torch.save({"x": Runs(shutil.rmtree, WITNESS)}, pt(root), pickle_protocol=4),
+        "refused, nothing of it was run",
+    ),
+    "pt registers with copyreg": (
+        "torch",
+        lambda root: torch.save({"x": Runs(copyreg.pickle, dict, dict)}, pt(root)),
+        "copyreg",
+    ),
+    "pt imports through torch.hub": (
+        "torch",
+        lambda root: torch.save({"x": Runs(torch.hub.load, WITNESS, "model")}, pt(root)),
+        "torch.hub.load",
+    ),
+    "pt is a legacy file": (
+        "torch",
+        lambda root: torch.save({"x": Runs(os.mkdir, WITNESS)}, pt(root), _use_new_zipfile_serialization=False),
+        "model_optim_rng.pt",
+    ),
+    "safetensors has a header of 101 MB": ("hf", lambda root: long_header(root / "model.safetensors"), "model.safetensors"),
+    "an index is absolute": (
+        "hf",
+        lambda root: (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "/etc/passwd"}})),
+        "leads out of the directory",
     ),
     "an index leads out": (
         "hf",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bad_configs import BAD_FLAGS, BAD_VALUES, GOOD, UNREADABLE
 from pydantic import ValidationError
 
 from rlhf import paths
@@ -17,14 +18,6 @@ from rlhf.config import find_config, load, to_json, tree
 from rlhf.config.schema import STAGES, PpoConfig, SftConfig
 from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError
-
-GOOD = """\
-output: runs/ppo
-roles: {actor: sft}
-data: {train: prompts.jsonl}
-reward: {source: rm}
-"""
-"""The required fields of a PPO run, in four lines; the cases below go on at line 5."""
 
 
 def ppo(tmp_path: Path, text: str, *flags: tuple[str, str]) -> PpoConfig:
@@ -41,107 +34,10 @@ def mistakes(tmp_path: Path, text: str, *flags: tuple[str, str]) -> list[str]:
     return str(error.value).replace(f"{tmp_path}/", "").split("\n")
 
 
-BAD_VALUES = [
-    # booleans are true and false, nothing else
-    ("lora:\n  merge: yes\n", "6:10: lora.merge", "given `yes`, expected true or false; write `true`"),
-    ("lora: {merge: no}\n", "5:15: lora.merge", "write `false`"),
-    ("lora: {merge: True}\n", "5:15: lora.merge", "write `true`"),
-    ("lora: {merge: 1}\n", "5:15: lora.merge", "write `true`"),
-    ("lora: {merge: maybe}\n", "5:15: lora.merge", "leave it out for the default false"),
-    # whole numbers are written whole
-    ("seed: 1.0\n", "5:7: seed", "given `1.0`, expected a whole number, at least 0"),
-    ("seed: 1.0\n", "5:7: seed", "write `1`"),
-    ("micro_batch_size: 1e3\n", "5:19: micro_batch_size", "write `1000`"),
-    ("micro_batch_size: 0.5\n", "5:19: micro_batch_size", "leave it out for the default 8"),
-    ("micro_batch_size: 0\n", "5:19: micro_batch_size", "expected a whole number, at least 1"),
-    ("micro_batch_size: " + "9" * 5000 + "\n", "5:19: micro_batch_size", "expected a whole number"),
-    ("seed: -1\n", "5:7: seed", "given `-1`, expected a whole number, at least 0"),
-    ("seed: 9223372036854775808\n", "5:7: seed", "below 9223372036854775808"),
-    ("threads: many\n", "5:10: threads", "given `many`"),
-    # numbers and their ranges
-    ("ppo:\n  epochs: 2\n  clip: abc\n", "7:9: ppo.clip", "given `abc`, expected a number, above 0"),
-    ("ppo: {clip: -0.2}\n", "5:13: ppo.clip", "leave it out for the default 0.2"),
-    ("ppo: {gamma: 1.5}\n", "5:14: ppo.gamma", "expected a number, from 0 to 1"),
-    ("ppo: {clip: nan}\n", "5:13: ppo.clip", "given `nan`"),
-    ("ppo: {value_clip: inf}\n", "5:19: ppo.value_clip", "expected a number, above 0, or none"),
-    ("max_hours: 3h\n", "5:12: max_hours", "given `3h`"),
-    ("lora: {dropout: 1}\n", "5:17: lora.dropout", "at least 0 and below 1"),
-    ("kl: {coef: [0.1]}\n", "5:12: kl.coef", "given a list"),
-    ("kl: {coef: {start: 0.1}}\n", "5:6: kl.coef", "given a section of fields"),
-    # choices
-    ("precision: fp16\n", "5:12: precision", "expected `fp64`, `fp32` or `bf16`; leave it out for the default fp32"),
-    ("precision: Fp32\n", "5:12: precision", "did you mean `fp32`?"),
-    ("schedule: {unit: tokens}\n", "5:18: schedule.unit", "expected `steps` or `epochs`"),
-    # no value where one is needed
-    ("seed:\n", "5:6: seed", "given nothing"),
-    ("seed: null\n", "5:7: seed", "given `null`"),
-    ("ppo: {clip: ~}\n", "5:13: ppo.clip", "given `~`"),
-    ("lora: {targets: none}\nseed: none\n", "6:7: seed", "given `none`"),
-    ("precision: null\n", "5:12: precision", "given `null`"),
-    # shapes
-    ("ppo:\n", "5:5: ppo", "given nothing, expected the fields of a section (epochs,"),
-    ("ppo:\n# epochs: 2\nseed: 0\n", "5:5: ppo", "leave it out for the defaults"),
-    ("kl: 0.1\n", "5:5: kl", "given `0.1`, expected the fields of a section"),
-    ("kl: [coef]\n", "5:5: kl", "given a list"),
-    ("eval: {scorers: file.py:score}\n", "5:17: eval.scorers", "expected a list of text; write `[file.py:score]`"),
-    ("report: {trackers: [tensorboard, wandb]}\n", "5:34: report.trackers[1]", "expected `tensorboard`"),
-    ("report:\n  trackers:\n    - Tensorboard\n", "7:7: report.trackers[0]", "did you mean `tensorboard`?"),
-    # what YAML offers and a config does not
-    ("lora: &a {rank: 4}\n", "5:7: lora", "anchor `&a`"),
-    ("lora: &a {rank: 4}\nkl: *a\n", "6:5: kl", "alias `*a`: write the value itself"),
-    ("seed: !!int 3\n", "5:7: seed", "tag `tag:yaml.org,2002:int`"),
-    ("seed: !!python/object/apply:os.getpid []\n", "5:7: seed", "python/object/apply:os.getpid`: leave it out"),
-    ("seed: 1\nthreads: 1\nseed: 2\n", "7:1: seed", "given twice, first at ppo.yaml:5:1; keep one"),
-    ("kl: {coef: 1, coef: 2}\n", "5:15: kl.coef", "given twice"),
-    ("? [a, b]\n: 1\n", "5:3", "a field's name is plain text, not a list"),
-    ("---\nseed: 1\n", "5:1", "a second document"),
-    # unknown fields
-    ("kl: {coeff: 1}\n", "5:6: kl.coeff", "unknown field; did you mean `kl.coef`?"),
-    ("rolout:\n  batch_size: 2\n", "5:1: rolout", "did you mean `rollout`?"),
-    ("gamma: 1\n", "5:1: gamma", "did you mean `ppo.gamma`?"),
-    ("batch_size: 4\n", "5:1: batch_size", "did you mean `micro_batch_size` or `rollout.batch_size`?"),
-    ("ppo: {temperature: 1}\n", "5:7: ppo.temperature", "did you mean `rollout.temperature` or `eval.temperature`?"),
-    ("model: {path: gpt}\n", "5:1: model", "it belongs to sft and rm"),
-    ("kl.coef: 0.1\n", "5:1: kl.coef", "sections nest: write `coef:` under `kl:`"),
-    ("kl: {xyzzy: 1}\n", "5:6: kl.xyzzy", "known here: coef, estimator, controller, target, horizon"),
-    # fields that do not go together, at the field the schema's message names first, else at their section
-    ("ppo:\n  minibatch_size: 65\n", "6:19", "ppo.minibatch_size 65 is more than the 64 replies"),
-    ("ppo:\n  minibatch_size: 24\n", "6:19", "24 does not divide the 64 replies of an iteration"),
-    ("rollout: {batch_size: 8}\n", "1:1", "ppo.minibatch_size 64 is more than the 8 replies"),
-    ("lora: {rank: 8, dropout: 0.1}\n", "5:26", "lora.dropout must be 0"),
-    ("lora: {rank: 8}\nfrozen_layers: 1\n", "6:16", "frozen_layers must be 0 with lora.rank > 0"),
-    ("lora: {dora: true}\n", "5:14", "lora.dora has no meaning with lora.rank 0"),
-    ("lora: {base: nf4}\n", "5:14", "lora.base has no meaning with lora.rank 0"),
-    ("lora: {rank: 8, base: nf4}\nfp8: {recipe: block}\n", "6:15", "fp8.recipe must be `none` with lora.base `nf4`"),
-]
-
-
 @pytest.mark.parametrize(("text", "place", "message"), BAD_VALUES)
 def test_a_mistake_in_the_file(tmp_path: Path, text: str, place: str, message: str) -> None:
     lines = mistakes(tmp_path, GOOD + text)
     assert any(line.startswith(f"ppo.yaml:{place}: ") and message in line for line in lines), lines
-
-
-BAD_FLAGS = [
-    (("ppo.clip", "abc"), "--ppo.clip: given `abc`, expected a number, above 0; leave it out for the default 0.2"),
-    (("ppo.value-clip", "-1"), "--ppo.value-clip: ppo.value_clip: given `-1`, expected a number, above 0, or none"),
-    (("ppo.whiten", "yes"), "--ppo.whiten: given `yes`, expected true or false; write `true`"),
-    (("seed", "1.0"), "--seed: given `1.0`, expected a whole number"),
-    (("output", "null"), "--output: given `null`, expected text"),
-    (("output", ""), "--output: given nothing, expected text"),
-    (("actor", ""), "--actor: roles.actor: given nothing, expected text"),
-    (("report.trackers", "tensorboard,wandb"), "--report.trackers: report.trackers[1]: given `wandb`"),
-    (("data.columns.prompt", "null"), "--data.columns.prompt: given `null`, expected text"),
-    (("data.columns", "a"), "--data.columns: names a section; give one of its fields: --data.columns.NAME"),
-    (("ppo", "1"), "--ppo: names a section; give one of its fields: --ppo.epochs, --ppo.minibatch_size"),
-    (("ppo.clip.low", "1"), "--ppo.clip.low: unknown flag; did you mean `--ppo.clip`?"),
-    (("ppo.clpi", "1"), "--ppo.clpi: unknown flag; did you mean `--ppo.clip`?"),
-    (("rolout.batch-size", "1"), "--rolout.batch-size: unknown flag; did you mean `--rollout.batch_size`?"),
-    (("clip", "1"), "--clip: unknown flag; did you mean `--reward.clip` or `--ppo.clip`?"),
-    (("model", "gpt"), "--model: unknown flag; it belongs to sft and rm"),
-    (("xyzzy", "1"), "--xyzzy: unknown flag; --help lists them all"),
-    (("ppo.minibatch_size", "100"), "--ppo.minibatch_size: ppo.minibatch_size 100 is more than the 64 replies"),
-]
 
 
 @pytest.mark.parametrize(("flag", "message"), BAD_FLAGS)
@@ -149,21 +45,6 @@ def test_a_mistake_in_a_flag(tmp_path: Path, flag: tuple[str, str], message: str
     lines = mistakes(tmp_path, GOOD, flag)
     assert len(lines) == 1
     assert lines[0].startswith(message)
-
-
-UNREADABLE = [
-    (b"", "1:1: expected `field: value` lines, found nothing"),
-    (b"# only words\n", "2:1: expected `field: value` lines, found nothing"),
-    (b"---\n", "found nothing"),
-    (b"- output: x\n", "1:1: expected `field: value` lines, found a list"),
-    (b"ppo\n", "1:1: expected `field: value` lines, found `ppo`"),
-    (b"output: a: b\n", "1:10: not YAML: mapping values are not allowed"),
-    (b"kl:\n\tcoef: 1\n", "2:1: not YAML: found character that cannot start any token; indent with spaces"),
-    (b"kl: {coef: 1\nseed: 1\n", "not YAML"),
-    (b"output: \x07\n", "1:9: not a text file: it holds the control character U+0007"),
-    (b"seed: 1\noutput: \xff\n", "2:9: not UTF-8 text"),
-    (b"kl: " + b"[" * 900 + b"]" * 900, "1:21: nested more than 16 deep"),
-]
 
 
 @pytest.mark.parametrize(("content", "message"), UNREADABLE)

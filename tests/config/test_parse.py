@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_configs import BAD_WORDS
 
 from rlhf import paths
 from rlhf.config import help_text, parse
@@ -118,28 +119,7 @@ def test_the_unit_test_is_one_process(more: list[str]) -> None:
         parse("ppo", ["--unit-test", *more])
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["runs/ppo"], "`runs/ppo`: expected a flag"),
-        (["--output", "a", "b"], "`b`: expected a flag"),
-        (["-o", "a"], "`-o`: expected a flag"),
-        (["--"], "`--`: expected a flag"),
-        (["--output"], "--output: the value is missing; expected text"),
-        (["--output", "--seed", "1"], "--output: the value is missing"),
-        (["--ppo.clip"], "--ppo.clip: the value is missing; expected a number, above 0"),
-        (["--config"], "--config: the value is missing; expected NAME|FILE"),
-        (["--dry-run=true"], "--dry-run: takes no value"),
-        (["--num-machines", "x"], "--num-machines: given `x`, expected a whole number, at least 1"),
-        (["--num-machines=2"], "--main-address: given ``, expected HOST or HOST:PORT"),
-        (["--num-machines=2", "--main-address=a:b"], "--main-address: given `a:b`, expected HOST or HOST:PORT"),
-        (["--num-machines=2", "--main-address=a", "--machine-rank=2"], "--machine-rank: given 2, expected 0 to 1"),
-        (["--machine-rank=0"], "--machine-rank: has no meaning on one machine; give --num-machines"),
-        (["--nproc", "0"], "--nproc: given `0`, expected a whole number, at least 1"),
-        (["--nproc=two"], "--nproc: given `two`"),
-        (["--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), BAD_WORDS)
 def test_what_is_no_command_line_is_a_usage_mistake(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
         parse("ppo", argv)

@@ -307,3 +307,22 @@ def test_the_two_spellings_of_hh_rlhf_give_the_same_pairs() -> None:
     split = read_rows(REAL / "pref_hh_helpful-base.jsonl.gz", "pair", on_error="skip")
     differing = [a.where for a, b in zip(raw.rows, split.rows, strict=True) if a.fields != b.fields]
     assert differing == []
+
+
+def test_rows_ask_the_same_however_they_are_written(tmp_path: Path) -> None:
+    chat = [user("q"), assistant("a")]
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [user("q")], "completion": [assistant("b")]},
+        {"messages": chat},
+        {"messages": [*chat, user("more"), assistant("c")]},
+        {"messages": [*chat, user("more"), assistant("d"), user("and")]},
+        {"text": "q"},
+        {"text": "q"},
+    )
+    one, *others = [row.asks for row in read_rows(path, "sft").rows]
+    assert [asks == one for asks in others] == [True, True, False, False, False, False]
+    assert others[2] == others[3]
+    assert others[4] == others[5]
+    assert "A prompt seen before is repeated in 4 rows." in read_rows(path, "sft").notes

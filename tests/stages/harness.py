@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from rlhf.cli import main
 from rlhf.config.parse import parse
 from rlhf.errors import RlhfError
 from rlhf.paths import CONFIGS, STAGES
@@ -74,6 +75,11 @@ def wait(pid: int, seconds: float = 120) -> int:
 def run(stage: str, arguments: list[str], log: Path | None = None, change=None) -> int:
     """Runs a stage to its end; `change(module)` may break it first."""
     return wait(start(stage, arguments, log, change))
+
+
+def command(arguments: list[str], log: Path) -> int:
+    """Runs a command that is no stage, or one that fails before its stage is launched."""
+    return wait(fork(lambda: sys.exit(main(arguments)), log=log))
 
 
 def start(

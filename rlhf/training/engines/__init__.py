@@ -24,6 +24,8 @@ class Engine(Protocol):
     name: str
     divided: frozenset[str]
     """What ranks divide among them, of `weights`, `gradients` and `optimizer`; of all else every rank has the whole."""
+    offloaded: frozenset[str]
+    """What of these lies in the host's memory and not on the device."""
     optimizer: torch.optim.Optimizer
     """Its groups keep `role`, `lr` and `peak`; which tensors they hold is the engine's affair."""
 

@@ -16,6 +16,7 @@ from rlhf.training.optimization import clipped_step, optimizer_tensors, restore_
 
 class DataParallel:
     divided: frozenset[str] = frozenset()
+    offloaded: frozenset[str] = frozenset()
     optimizer: torch.optim.Optimizer
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -25,6 +25,7 @@ from rlhf.training.optimization import MOMENTS, clipped_step, optimizer_tensors,
 class FullyShardedDataParallel:
     name = "fsdp"
     divided = frozenset({"weights", "gradients", "optimizer"})
+    offloaded: frozenset[str] = frozenset()
     optimizer: torch.optim.Optimizer
 
     def __init__(self, accelerator: Accelerator) -> None:

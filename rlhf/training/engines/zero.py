@@ -18,7 +18,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from rlhf.errors import ConfigError
+from rlhf.config.engines import checked_deepspeed
 from rlhf.training.engines import Named, OpenOptimizer
 from rlhf.training.engines.hollow import consolidate, filled_actor, hollow_copy
 from rlhf.training.optimization import MOMENTS
@@ -39,21 +39,8 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """Without values that are `auto`. Raises ConfigError for what is the stage's config to say, and for no stage of ZeRO."""
-    config = _without_auto(config)
-    for name in ("optimizer", "scheduler", "fp16", "bf16"):
-        section = config.get(name) or {}
-        if section.get("enabled", bool(section)):
-            raise ConfigError(f"the DeepSpeed config sets {name}, which belongs to the stage's config; leave it out")
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"the DeepSpeed config has zero_optimization.stage {stage}, expected 1, 2 or 3")
-    return config
-
-
-def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items() if value != "auto"}
+OFFLOADS = {"weights": "offload_param", "gradients": "offload_optimizer", "optimizer": "offload_optimizer"}
+"""A part of the state -> the section of a DeepSpeed file that moves it to the host: gradients go where the moments are."""
 
 
 class Zero:
@@ -61,10 +48,14 @@ class Zero:
 
     def __init__(self, config: dict[str, Any], device: torch.device, micro_batch_size: int, bf16: bool) -> None:
         """`config` is the content of a DeepSpeed file; batch sizes in it are never read, but DeepSpeed wants one."""
-        self.device, self.bf16, config = device, bf16, _checked(config)
+        self.device, self.bf16, config = device, bf16, checked_deepspeed(config, "the DeepSpeed config")
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.divided: frozenset[str] = frozenset(("optimizer", "gradients", "weights")[: self.stage])
+        zero: dict[str, Any] = config["zero_optimization"]
+        self.offloaded = frozenset(
+            what for what, key in OFFLOADS.items() if (zero.get(key) or {}).get("device") in ("cpu", "nvme")
+        )
         settings = {key: value for key, value in config.items() if key != "train_batch_size"}
         self.config: dict[str, Any] = settings | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf.errors import CheckFailed
 from rlhf.fp8.apply import switched_off
 from rlhf.fp8.state import fp8_state, load_fp8_state
 from rlhf.report.records import Records
@@ -87,8 +88,11 @@ def probed_span(train: Training) -> Iterator[int]:
 
 def compare(without: Sequence[dict[str, float]], fp8: Sequence[dict[str, float]], fallback: bool = False) -> SpanVerdict:
     """Two runs of the same steps, by the metric that tells most."""
-    metric = next(name for name in COMPARED if name in without[0])
-    pairs = [(a[metric], b[metric]) for a, b in zip(without, fp8, strict=False)]
+    steps = list(zip(without, fp8, strict=False))
+    found = {name: [(a[name], b[name]) for a, b in steps if name in a and name in b] for name in COMPARED}
+    metric, pairs = next(((name, pairs) for name, pairs in found.items() if pairs), ("", []))
+    if not pairs:
+        raise CheckFailed(f"FP8 probe: no step of {len(steps)} had a finite {' or '.join(COMPARED)} with FP8 and without")
     differences = [b - a for a, b in pairs]
     gap, mean = statistics.fmean(differences), statistics.fmean(a for a, _ in pairs)
     error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
