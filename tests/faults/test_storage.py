@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up_keeps_what_was_saved(stage, world, tmp_path):
     assert run(stage, arguments, log, full_from_step_3) == 74
     assert "No space left on device" in log.read_text()
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-2"]
-    assert checkpoint.verify(output / "checkpoints" / "step-2") == ""
+    assert checkpoint.verify(output / "checkpoints" / "step-2", 2) == ""
     status = json.loads((output / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 74)
     assert run(stage, arguments, log) == 0, log.read_text()
