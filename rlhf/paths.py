@@ -19,6 +19,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(directory: Path) -> None:
+    """All of it is on disk, names included: renamed after this, the directory is complete under its new name, or not there."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)
+
+
 def shipped_or_own(named: str) -> Path | None:
     """A file by its path from here or, where there is none, the shipped one of that name (`configs/...`); None: neither."""
     here, shipped = Path(named), CONFIGS / Path(*Path(named).parts[1:])

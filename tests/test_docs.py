@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf import errors
 from rlhf.cli import main
 from rlhf.config.parse import SCHEMAS, parse
 from rlhf.config.schema import PpoConfig, Section
@@ -143,6 +144,17 @@ FLAGS = {
     "rm": ["--model=m", "--data=d.jsonl"],
     "ppo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
 }
+
+
+def test_the_table_of_faults():
+    """Each has its line, and the tests it names are there; each exit code has its own."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert re.findall(r"^\| (T\d+) \|", page, re.M) == [f"T{number}" for number in range(1, 23)]
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", page))
+    assert not sorted(name for name in named if not (ROOT / name).is_file())
+    listed = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", page, re.M) for code in row.split(", ")}
+    ours = {error.exit_code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, Exception)}
+    assert listed == ours | {0, 70, 130, 143}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))

@@ -22,7 +22,7 @@ from rlhf.checkpoints.plan import Check, Step
 from rlhf.checkpoints.sinks import open_sink
 from rlhf.digest import file_digest
 from rlhf.errors import DataError, OutputError, StorageError, disk_failed
-from rlhf.paths import sync
+from rlhf.paths import sync, sync_tree
 
 MANIFEST = "conversion.json"
 SCHEMA_VERSION = 1
@@ -61,7 +61,7 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
         partial.mkdir()
         try:
             _fill(conversion, partial, progress)
-            _settle(partial)
+            sync_tree(partial)
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)
@@ -106,13 +106,6 @@ def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
         if file.name not in target.texts:
             shutil.copyfile(file, directory / file.name)
     (directory / MANIFEST).write_text(json.dumps(_manifest(conversion, source_digests.result(), digests), indent=1) + "\n")
-
-
-def _settle(directory: Path) -> None:
-    """All of it is on disk, names included: after a loss of power the directory is complete, or it is not there."""
-    for path in directory.rglob("*"):
-        sync(path)
-    sync(directory)
 
 
 def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:

@@ -1,6 +1,6 @@
 """Writing a role as a plain Hugging Face directory: weights, config, tokenizer with its template, generation config.
 
-The directory appears complete or not at all (written beside its place, then renamed).
+The directory appears complete or not at all: written beside its place, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.models.load import Loading, is_scalar, load_actor, load_generation_config, load_scalar, load_tokenizer
+from rlhf.paths import sync, sync_tree
 
 
 def save_model(
@@ -49,12 +50,17 @@ def save_model(
         if generation is not None:
             generation.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        sync_tree(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way
         raise
+    replaced = partial.with_name(f"{partial.name}-replaced")
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(replaced)
     partial.rename(directory)
+    sync(directory.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _merged(model: nn.Module) -> nn.Module:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rlhf.paths import sync
+
 
 class Records:
     """metrics.jsonl or samples.jsonl. `step` is the first key of every line."""
@@ -37,4 +39,10 @@ class Records:
         kept = [record for record in self.read() if record["step"] <= step]
         partial = self.path.with_name(f".{self.path.name}-{os.getpid()}")
         partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+        sync(partial)
         partial.replace(self.path)
+
+    def sync(self) -> None:
+        """What was appended is on disk: before a checkpoint is that says it was."""
+        if self.path.exists():
+            sync(self.path)

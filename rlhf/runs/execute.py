@@ -12,7 +12,7 @@ from rlhf.runs import launch
 from rlhf.runs.dry_run import batches, require_together
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
-from rlhf.runs.manifest import read_status, write_status
+from rlhf.runs.manifest import read_status, say_done
 
 STDERR = 2  # the file descriptor
 
@@ -49,7 +49,7 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     state = state_of(run, stage, config, machine, invocation.resume.allow_inexact)
     if state == "done":
         if keeps_books:
-            _say_done(run)
+            say_done(run)
         print(f"{stage}: done, kept: {run}", file=log, flush=True)
         return 0
     beginning = "going on with" if state == "resume" else "starting"
@@ -65,10 +65,3 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)
     return code
-
-
-def _say_done(run: Path) -> None:
-    """A kill between the last writes of run.json and status.json leaves a finished run that says it is running."""
-    status = read_status(run)
-    if status is None or status["state"] != "done":
-        write_status(run, "done", exit_code=0)

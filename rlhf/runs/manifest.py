@@ -159,6 +159,13 @@ def read_status(run: Path) -> dict[str, Any] | None:
     return read_json(run / STATUS) if (run / STATUS).is_file() else None
 
 
+def say_done(run: Path) -> None:
+    """A kill between the last writes of run.json and status.json leaves a finished run that says it is running."""
+    status = read_status(run)
+    if status is None or status["state"] != "done":
+        write_status(run, "done", exit_code=0)
+
+
 def seconds(manifest: dict[str, Any]) -> float:
     """Wall time from the run's start to its end, pauses included."""
     started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))

@@ -2,9 +2,10 @@
 
     RUN/checkpoints/step-N/   NAME.safetensors, state.json, MANIFEST.json
 
-A checkpoint is written under another name, synced, described by a manifest with the size and SHA-256 of every file, and only
-then renamed; the old ones go after the new one verifies. There is no pointer file: the latest checkpoint is the one with the
-highest step that verifies. One that does not is renamed `*.corrupt`, said, and passed over.
+A checkpoint is written under another name, synced, described by a manifest with the size and SHA-256 of every file, verified,
+and only then renamed; older ones go last. There is no pointer file: the latest checkpoint is the one with the highest step that
+verifies. One that does not is renamed `*.corrupt`, said, and passed over. Files are renamed and removed, never written again
+in place: who has mapped one keeps it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from rlhf.runs.manifest import write_json
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+REPLACED = ".replaced-"
+"""Before the name of a checkpoint that gives way to another of the same step, for the moment when neither has that name."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         StorageError: the disk is full or failed; checkpoints already there are untouched.
     """
     final, partial = root / f"step-{step}", root / f".tmp-step-{step}-{os.getpid()}"
+    replaced = root / f"{REPLACED}{final.name}"
     try:
         partial.mkdir(parents=True)
         for name, values in tensors.items():
@@ -82,18 +86,20 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         }
         write_json(partial / MANIFEST, {**manifest, "digest": text_digest(json.dumps(manifest, sort_keys=True))})
         sync(partial)
+        if fault := verify(partial, step):
+            raise OSError(f"it does not read back as written: {fault}")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         partial.rename(final)
         sync(root)
+        sync(root.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(
             f"{final}: the checkpoint could not be written ({error}); older checkpoints are untouched"
         ) from error
-    fault = verify(final)
-    if fault:
-        raise StorageError(f"{final}: does not read back as written ({fault}); older checkpoints are untouched")
+    if replaced.exists():
+        shutil.rmtree(replaced)
     for old in _numbered(root)[keep:]:
         _remove(old[1])
     return final
@@ -126,9 +132,15 @@ def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> 
     """
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
+    for replaced in root.glob(f"{REPLACED}*"):
+        original = root / replaced.name.removeprefix(REPLACED)
+        if original.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(original)
     found = _numbered(root)
     for step, directory in found:
-        fault = verify(directory)
+        fault = verify(directory, step)
         if not fault:
             if named is not None and named != step:
                 raise DataError(
@@ -154,20 +166,20 @@ def at(root: Path, step: int) -> Checkpoint:
         DataError: here it does not verify.
     """
     directory = root / f"step-{step}"
-    if fault := verify(directory):
+    if fault := verify(directory, step):
         raise DataError(f"{directory}: rank 0 reads it and this rank does not ({fault}); is --output one and the same for all?")
     return Checkpoint(directory, step)
 
 
-def verify(directory: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string."""
+def verify(directory: Path, step: int) -> str:
+    """What is wrong with the checkpoint of that step in the directory, or an empty string."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("digest")
-        files, step = manifest["files"], manifest["step"]
+        files, written_at = manifest["files"], manifest["step"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{MANIFEST}: {error}"
-    if digest != text_digest(json.dumps(manifest, sort_keys=True)) or directory.name != f"step-{step}":
+    if digest != text_digest(json.dumps(manifest, sort_keys=True)) or written_at != step:
         return f"{MANIFEST} is not the one written with it"
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
     if present != set(files):

@@ -20,7 +20,7 @@ from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempt
 from rlhf.report.console import Console
 from rlhf.runs.lineage import MACHINE, differences, fingerprint, inputs_of, state_of
 from rlhf.runs.lock import check_output, run_lock
-from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, versions, write_json, write_status
+from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, say_done, versions, write_json, write_status
 from rlhf.training.preflight import all_reduce_speed
 from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes, stopped
 from rlhf.training.session import Training
@@ -29,6 +29,9 @@ from rlhf.training.signals import StopRequest
 VISIBLE_WITHIN_SECONDS = 30
 """What one machine writes, another sees on NFS after its cache of attributes has aged: 3 to 30 s (nfs(5), acregmin)."""
 
+
+LEFT_BY_A_KILL = (".*.json-*", ".*.jsonl-*", ".seen-*")
+"""Files under names that only their writer knows; the lock is held when they are removed, so none is."""
 
 SMALLER = "lower micro_batch_size, or set gradient_checkpointing: true"
 
@@ -154,9 +157,13 @@ def _device(device: torch.device) -> str:
 
 
 def _begin(train: Training, manifest: dict[str, Any]) -> None:
+    for pattern in LEFT_BY_A_KILL:
+        for file in train.run.glob(pattern):
+            file.unlink(missing_ok=True)
     machine = {name: manifest[name] for name in MACHINE}
     state = state_of(train.run, train.stage, train.config, machine, train.resume.allow_inexact)
     if state == "done":
+        say_done(train.run)
         train.note(f"{train.run} is finished already")
         raise SystemExit(0)
     if state == "resume":

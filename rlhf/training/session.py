@@ -332,6 +332,8 @@ class Training:
         weights = ((name, self.engine.whole(p)) for name, p in self.policy.named_parameters() if p.requires_grad)
         tensors = {"model": self._on_main(weights), "optimizer": self._on_main(self.engine.optimizer_tensors())}
         if self.is_main:
+            for records in (self.metrics, self.samples):
+                records.sync()
             if in_fp8 := fp8_state(self.all_models()):
                 tensors["fp8"] = in_fp8
             own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}

@@ -12,8 +12,7 @@ from datetime import timedelta
 
 import psutil
 import pytest
-from harness import flags, start_on, wait
-from test_resume import left
+from harness import flags, left, start_on, wait
 
 from rlhf.training import opening, processes, session
 

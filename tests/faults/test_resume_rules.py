@@ -103,6 +103,11 @@ def test_the_named_checkpoint_goes_on(unfinished, tmp_path):
     assert run("sft", arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
+def test_another_seed_is_refused(unfinished, world, tmp_path):
+    assert run("sft", [*six_steps(world, unfinished), "--seed=1"], tmp_path / "log") == 65
+    assert "seed: 0 -> 1" in (tmp_path / "log").read_text()
+
+
 def test_another_tokenizer_under_the_same_name_is_refused(unfinished, world, tmp_path):
     """As a Hub model whose tokenizer was mended: the digest of a directory would not see it."""
     log = tmp_path / "log"

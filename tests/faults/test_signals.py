@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import flags, run, start, start_on, wait
-from test_resume import left
+from harness import flags, left, run, start, start_on, wait
 
 STAGES = ("sft", "rm", "ppo")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}

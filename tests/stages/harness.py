@@ -149,6 +149,14 @@ def metrics(output: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
+def left(output: Path, steps: int = 8) -> dict[str, object]:
+    """All that must be equal to the bit: metrics, samples, results, and the training checkpoint of the last of `steps`."""
+    files = [path for part in ("model", "critic", f"checkpoints/step-{steps}") for path in sorted((output / part).glob("*"))]
+    contents = {str(path.relative_to(output)): path.read_bytes() for path in files}
+    samples = (output / "samples.jsonl").read_text() if (output / "samples.jsonl").exists() else ""
+    return contents | {"metrics": metrics(output), "samples": samples}
+
+
 def flags(stage: str, world: Path, output: Path, **more: object) -> list[str]:
     """A small run of a stage; keyword names have `__` for the dots of a field."""
     common = {"output": output, "threads": 1, "schedule__length": 4, "schedule__unit": "steps", "checkpoint__every": 1}

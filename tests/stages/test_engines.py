@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness import ENGINES, flags, metrics, run, run_on_two, start_on, wait
+from harness import ENGINES, flags, left, metrics, run, run_on_two, start_on, wait
 from test_equivalence import fixed_rollouts, losses, outcome
-from test_resume import left
 
 from rlhf.models.load import Loading, load_actor, load_scalar
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import flags, metrics, run, start_on, wait
+from harness import flags, left, metrics, run, start_on, wait
 from safetensors.torch import load_file
-from test_resume import left
 from transformers import AutoModelForCausalLM
 
 from rlhf.fp8.recipes import SHAPES

@@ -8,8 +8,7 @@ import signal
 import time
 
 import pytest
-from harness import flags, metrics, run, start, start_on, wait
-from test_resume import left
+from harness import flags, left, metrics, run, start, start_on, wait
 
 from rlhf.training.fp8 import span
 from rlhf.training.fp8.span import compare

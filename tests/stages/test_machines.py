@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-from harness import flags, run_on_two, start_on, wait
-from test_resume import left
+from harness import flags, left, run_on_two, start_on, wait
 
 from rlhf.runs.manifest import read_status
 from rlhf.training import opening
@@ -117,7 +116,7 @@ def test_other_data_on_the_second_machine(world, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_is_named(world, tmp_path, killed):
-    """Within 5 s, whatever the other is at. That the same command then goes on exactly, test_resume.py shows."""
+    """Within 5 s, whatever the other is at. That the same command then goes on exactly, tests/faults/test_kills.py shows."""
     log, output = tmp_path / "log", tmp_path / "run"
     arguments = flags("sft", world, output, schedule__length=200, checkpoint__every=1)
     pids = start_on(2, "sft", arguments, log)

@@ -26,6 +26,10 @@ from rlhf.training.optimization import MOMENTS
 # DeepSpeed 0.19 calls what torch 2.13 has renamed; a user can do nothing about it
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
 
+# On a CPU DeepSpeed would compile this at the first start, behind a lock file that a kill leaves there: no later run, of
+# whoever, would ever begin. Only inference calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 OURS = {
     "steps_per_print": float("inf"),
     "gradient_accumulation_steps": 1,  # we say ourselves which backward is the last
