@@ -44,7 +44,7 @@ def refused(source: Source, error: Exception) -> DataError | None:
 
 
 def _references(source: Source) -> list[str]:
-    options = {"revision": source.revision} if source.revision else {}
+    options: dict[str, Any] = {"revision": source.revision} if source.revision else {}
     try:
         config, _ = PreTrainedConfig.get_config_dict(source.path, **options)
         maps = [config.get("auto_map"), get_tokenizer_config(source.path, **options).get("auto_map")]

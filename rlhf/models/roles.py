@@ -282,7 +282,7 @@ def _require_rows(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase) -> No
     highest = max(tokenizer.get_vocab().values())
     for part in filter(None, (policy.actor, policy.critic)):
         model: PreTrainedModel = unwrapped(part)  # pyright: ignore[reportAssignmentType]
-        rows = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+        rows: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
         if highest >= rows:
             raise DataError(
                 f"the tokenizer {tokenizer.name_or_path} has ids up to {highest}, the embedding of {model.config.name_or_path} "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,21 +25,21 @@ from rlhf.config.schema import Optimizer, Schedule, Stage
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import DataError, Preempted
+from rlhf.errors import Preempted
 from rlhf.fp8.apply import described
-from rlhf.fp8.state import advance, forget_weights, fp8_layers, fp8_state, load_fp8_state, uncalibrated
+from rlhf.fp8.state import advance, forget_weights, fp8_layers
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
 from rlhf.runs.lineage import differences, inexact
 from rlhf.runs.manifest import MANIFEST, finish, write_json
-from rlhf.training import checkpoint
+from rlhf.training import saving
 from rlhf.training.accumulation import MicroBatch, micro_batches
 from rlhf.training.engines import Engine
 from rlhf.training.fp8 import span
 from rlhf.training.memory import memory_line, require_divided, require_memory
 from rlhf.training.non_finite import NonFinite, finite_only
-from rlhf.training.optimization import MOMENTS, open_optimizer, schedule_factor, skip_frozen
+from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.signals import StopRequest
 
@@ -104,8 +104,8 @@ class Training:
         whole = sum(p.numel() for p in policy.parameters())
         memory = memory_line(self.policy, self.frozen, self.engine, self.world_size)
         require_memory(self)
-        self._require_room(policy)
-        optimizer_state = self._resume()
+        saving.require_room(self)
+        optimizer_state = saving.restore(self)
         self._keep_no_whole_weights(policy)
         self.model = self.engine.prepare(self.policy, partial(open_optimizer, config=optimizer), optimizer.max_grad_norm)
         self.engine.restore_optimizer(optimizer_state)
@@ -239,7 +239,7 @@ class Training:
             torch.distributed.all_gather_object(values, value)
         return values
 
-    def _wait_for_main(self) -> None:
+    def wait_for_main(self) -> None:
         """Until rank 0 has read, hashed or written files, which may take it longer than any exchange of tensors may."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self.patient)
@@ -329,33 +329,7 @@ class Training:
 
     def save(self) -> None:
         """Commits a training checkpoint of the steps done so far."""
-        weights = ((name, self.engine.whole(p)) for name, p in self.policy.named_parameters() if p.requires_grad)
-        tensors = {"model": self._on_main(weights), "optimizer": self._on_main(self.engine.optimizer_tensors())}
-        if self.is_main:
-            for records in (self.metrics, self.samples):
-                records.sync()
-            if in_fp8 := fp8_state(self.all_models()):
-                tensors["fp8"] = in_fp8
-            own = {"step": self.step_done, "tokens": self.tokens_done, "result": self.result}
-            state = {"training": own} | {name: value.state_dict() for name, value in self.states.items()}
-            checkpoint.save(self.run / "checkpoints", self.step_done, tensors, state, self.config.checkpoint.keep)
-        self._wait_for_main()
-
-    def _require_room(self, policy: nn.Module) -> None:
-        weights = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-        every, keep = self.config.checkpoint.every, self.config.checkpoint.keep
-        saves = 1 if self.schedule.unit == "tokens" else self.length // every if every else 0
-        if self.is_main:
-            # one more than is kept: the oldest goes when the newest is there
-            checkpoint.require_room(self.run / "checkpoints", (1 + len(MOMENTS)) * weights, min(keep + 1, saves), weights)
-
-    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that all ranks put together, in the memory of rank 0's host."""
-        kept = {}
-        for name, tensor in tensors:
-            if self.is_main:
-                kept[name] = tensor.detach().cpu()
-        return kept
+        saving.save(self)
 
     def consolidate(self) -> None:
         """Training is over: whole weights go into the plain models of rank 0, whatever held them until now."""
@@ -364,45 +338,13 @@ class Training:
     def all_models(self) -> nn.ModuleList:
         return nn.ModuleList([self.policy, *self.frozen])
 
-    def _resume(self) -> dict[str, Tensor]:
-        """Restores all but the optimizer's state, which is returned: weights go in before the engine takes the model over."""
-        root = self.run / "checkpoints"
-        found = checkpoint.latest(root, self.note, self.resume.step) if self.is_main else None
-        self._wait_for_main()
-        step = self.gather(found and found.step)[0]
-        if not self.is_main and step is not None:
-            found = checkpoint.at(root, step)
-        if self.is_main:
-            for records in (self.metrics, self.samples):
-                records.cut(found.step if found else -1)
-        if found is None:
-            return {}
-        weights, state = found.tensors("model"), found.state()
-        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        if set(weights) != set(trained):
-            raise DataError(f"{found.directory}: holds other weights than this config trains; choose another --output")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
-        if fp8_state(self.all_models()):
-            saved = found.tensors("fp8", optional=True)
-            load_fp8_state(self.all_models(), saved, strict=not self.resume.allow_inexact)
-        if self.resume.allow_inexact and (fresh := uncalibrated(self.policy)):
-            self.note(f"{len(fresh)} FP8 layers have no scale in the checkpoint and begin with one of their own")
-        own = state["training"]
-        self.step_done, self.tokens_done, self.result = own["step"], own["tokens"], own["result"]
-        for name, value in self.states.items():
-            value.load_state_dict(state[name])
-        self.note(f"goes on from {found.directory}: {found.why}")
-        return found.tensors("optimizer")
-
     def finish(self, result: Mapping[str, Any], outputs: Sequence[str]) -> None:
         """Marks the run done; `outputs` are what later stages read."""
         self.console.close()
-        self._wait_for_main()
+        self.wait_for_main()
         if self.is_main:
             finish(self.run, self.manifest, dict(result), outputs)
-        self._wait_for_main()
+        self.wait_for_main()
         self.accelerator.end_training()
 
     def _agree_to_stop(self) -> int:
