@@ -75,7 +75,9 @@ def _secrets(node: tree.Node, path: fields.Path) -> Iterator[Mistake]:
                 yield from _secrets(item, (*path, index))
         case tree.Scalar(place=place, text=text) if without_secrets(text) != text:
             yield Mistake(
-                place, dotted(path), "holds a secret, which run.json would keep; leave it to the environment (HF_TOKEN)"
+                place,
+                dotted(path),
+                "holds a secret, which run.json would keep; leave that to the environment (HF_TOKEN, RLHF_REWARD_TOKEN)",
             )
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from rlhf.errors import without_secrets
+
 Answer = TypeVar("Answer")
 
 LONGEST_PAUSE_S = 30.0
@@ -30,7 +32,7 @@ def with_retries(source: str, retries: int, ask: Callable[[], Answer], first_pau
         try:
             return ask()
         except FailedTry as failure:
-            told = f"{source}: {failure} (try {number + 1} of {retries + 1})"
+            told = without_secrets(f"{source}: {failure} (try {number + 1} of {retries + 1})")
             if number == retries:
                 raise FailedTry(told) from None
             print(f"rlhf: {told}; tried again", file=sys.stderr, flush=True)

@@ -205,13 +205,11 @@ def test_what_hangs_takes_its_own_children_along(file, started):
         ("text", "returned str, expected a list of 2 numbers"),
         ("generator", "returned generator, expected a list of 2 numbers"),
         ("mapping", "returned dict, expected a list of 2 numbers"),
-        ("some_none", "the score of reply 1 is None, expected a finite number"),
-        ("some_text", "the score of reply 0 is '1.0', expected a finite number"),
-        ("some_thing", r"the score of reply 1 is 'Text Text\(words=3\)', expected a finite number"),
-        ("nan", "the score of reply 1 is nan, expected a finite number"),
-        ("inf", "the score of reply 0 is -inf, expected a finite number"),
+        ("some_none", "the score of reply 1 is None, expected a number"),
+        ("some_text", "the score of reply 0 is '1.0', expected a number"),
+        ("some_thing", r"the score of reply 1 is 'Text Text\(words=3\)', expected a number"),
         ("huge", r"the score of reply 0 is 1e\+39, more than float32 holds"),
-        ("digits", "the score of reply 1 is 'int beyond any float', expected a finite number"),
+        ("digits", "the score of reply 1 is 'int beyond any float', expected a number"),
     ],
 )
 def test_nonsense_ends_the_run_at_once(file, name, message, capfd):

@@ -206,8 +206,6 @@ def test_an_endless_body_is_not_read(service):
         (b'{"scores": [1]}', "returned 1 values, expected a list of 2"),
         (b'{"scores": 1}', "returned int, expected a list of 2"),
         (b'{"scores": "12"}', "returned str, expected a list of 2"),
-        (b'{"scores": [1, NaN]}', "the score of reply 1 is nan, expected a finite number"),
-        (b'{"scores": [-Infinity, 1]}', "the score of reply 0 is -inf, expected a finite number"),
         (b'{"scores": [1, null]}', "the score of reply 1 is None"),
         (b'{"scores": ["1", 2]}', "the score of reply 0 is '1'"),
         (b'{"scores": [1e300, 2]}', "the score of reply 0 is 1e[+]300, more than float32 holds"),
@@ -282,8 +280,8 @@ def test_what_was_checked_is_what_is_connected_to(service, monkeypatch):
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        (f"http://user:{CANARY}@127.0.0.1/", "holds a user name or a password"),
-        (f"https://{CANARY}@reward.example/", "holds a user name or a password"),
+        (f"http://user:{CANARY}@127.0.0.1/", "holds a secret, which run.json would keep"),
+        (f"https://{CANARY}@reward.example/", "holds a secret, which run.json would keep"),
         ("ftp://reward.example/", "ftp:// is no service"),
         ("file:///etc/passwd", "file:// is no service"),
         ("http://", "http:// is no service"),

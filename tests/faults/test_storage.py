@@ -152,8 +152,10 @@ def test_two_runs_in_one_place(processes, world, tmp_path):
     second = [wait(pid) for pid in start_on(processes, "sft", arguments, log)]
     assert second == [75] * processes, log.read_text()
     assert f"another run is writing here: pid {first[0]} on " in log.read_text()
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # or the second would end because the first is gone
+        for pid in first:
+            os.kill(pid, number)
     for pid in first:
-        os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL  # it was still there
     shorter = flags("sft", world, output, schedule__length=400, max_hours=1e-9)
     assert {wait(pid) for pid in start_on(processes, "sft", shorter, log)} == {143}, log.read_text()

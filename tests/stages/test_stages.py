@@ -140,8 +140,8 @@ def test_a_user_function_as_reward(world, tmp_path):
     good = flags("ppo", world, tmp_path / "ok", reward=f"{tmp_path}/mine.py:short", schedule__length=1)
     assert run("ppo", good, log) == 0, log.read_text()
     bad = flags("ppo", world, tmp_path / "bad", reward=f"{tmp_path}/bad.py:nan", schedule__length=1)
-    assert run("ppo", bad, log) == 65
-    assert "expected a finite number" in log.read_text()
+    assert run("ppo", bad, log) == 1
+    assert "score is nan" in log.read_text()
     assert json.loads((tmp_path / "bad" / "status.json").read_text())["state"] == "failed"
 
 
