@@ -17,8 +17,8 @@ SECRET = re.compile(r"TOKEN(?!IZ|S)|SECRET|PASSW(OR)?D|CREDENTIAL|(API|ACCESS|PR
 """In the name of an environment variable whose value nobody else may read."""
 SHORTEST_SECRET = 8
 """Characters; shorter values are settings (`true`), and stand in texts by chance."""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""What the system says of a disk that is full, over quota, failing, or gone read-only."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+"""What the system says of a disk that is full, over quota, failing, gone read-only, or a server away."""
 
 
 def without_secrets(text: str) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import shutil
+import socket
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -24,6 +28,21 @@ def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
+
+
+def beside(destination: Path) -> Path:
+    """A name beside the destination for what is written before it is renamed; what killed processes left there is removed.
+
+    With the host's name: on a disk that several share, another's process of that number may well be alive.
+    """
+    import psutil  # who writes nothing need not import it
+
+    begun_here = f".{destination.name}-{socket.gethostname()[:40]}-"
+    for left in destination.parent.glob(f"{glob.escape(begun_here)}*"):
+        process = re.fullmatch(r"(\d+)[.](partial|replaced)", left.name.removeprefix(begun_here))
+        if process and not psutil.pid_exists(int(process[1])):
+            shutil.rmtree(left)
+    return destination.with_name(f"{begun_here}{os.getpid()}.partial")
 
 
 def shipped_or_own(named: str) -> Path | None:

@@ -159,11 +159,11 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                         part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
                         loss = ppo_loss(policy, part, config, pad_id, train.device, stats_here, warming_up)
                         train.backward(loss / tokens)
+                    if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
+                        continue
                     if step == count == 0:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
                         checks.require()
-                    if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
-                        continue
                     train.stats.absorb(stats_here)
                     if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
                         break

@@ -13,7 +13,7 @@ out: dropout (off in every stage), and mixing of several data sets.
 
 from __future__ import annotations
 
-import math
+import torch
 
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import SftConfig
@@ -100,7 +100,7 @@ def evaluate(train: Training, config: SftConfig, policy, rows: list, collate, pa
             loss, count = sft_loss(policy(inputs.to(train.device), roles=("actor",)).logits, labels.to(train.device))
             stats.add("eval/loss", micro.weight * loss, micro.weight * count)
     values = train.reduce(stats)
-    values["eval/perplexity"] = math.exp(values["eval/loss"])
+    values["eval/perplexity"] = torch.tensor(values["eval/loss"]).double().exp().item()  # infinite where math.exp raises
     return train.record_evaluation(step, values)
 
 

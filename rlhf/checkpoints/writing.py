@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import shutil
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -22,7 +18,7 @@ from rlhf.checkpoints.plan import Check, Step
 from rlhf.checkpoints.sinks import open_sink
 from rlhf.digest import file_digest
 from rlhf.errors import DataError, OutputError, StorageError, disk_failed
-from rlhf.paths import sync, sync_tree
+from rlhf.paths import beside, sync, sync_tree
 
 MANIFEST = "conversion.json"
 SCHEMA_VERSION = 1
@@ -46,15 +42,9 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
         raise OutputError(f"{destination}: a link or a directory without a name of its own; name the directory itself")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise OutputError(f"{destination}: is there already and not empty; name another directory, or remove it")
-    # With the host's name: on a disk that several share, another's process of that number may well be alive.
-    begun_here = f".{destination.name}-{socket.gethostname()[:40]}-"
-    partial = destination.with_name(f"{begun_here}{os.getpid()}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for partial_of_another in destination.parent.glob(f"{glob.escape(begun_here)}*.partial"):
-            process = partial_of_another.name.removeprefix(begun_here).removesuffix(".partial")
-            if process.isdigit() and not psutil.pid_exists(int(process)):
-                shutil.rmtree(partial_of_another)  # left by a kill
+        partial = beside(destination)
         free = shutil.disk_usage(destination.parent).free
         if free < conversion.target.bytes:
             raise StorageError(f"{destination.parent}: {conversion.target.bytes:,} bytes are needed, {free:,} are free")

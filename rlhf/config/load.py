@@ -74,11 +74,8 @@ def _secrets(node: tree.Node, path: fields.Path) -> Iterator[Mistake]:
             for index, item in enumerate(items):
                 yield from _secrets(item, (*path, index))
         case tree.Scalar(place=place, text=text) if without_secrets(text) != text:
-            yield Mistake(
-                place,
-                dotted(path),
-                "holds a secret, which run.json would keep; leave that to the environment (HF_TOKEN, RLHF_REWARD_TOKEN)",
-            )
+            message = "holds a secret, which run.json would keep; leave it to the environment (HF_TOKEN, RLHF_REWARD_TOKEN)"
+            yield Mistake(place, dotted(path), f"{message}: {without_secrets(text)}")
 
 
 def to_json(config: Section) -> str:

@@ -7,12 +7,14 @@ imported for `--help` alone, so that a plain start stays fast; what flags mean d
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, make_dataclass
 from io import BytesIO, TextIOWrapper
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
@@ -63,8 +65,8 @@ FLAGS = (
     Flag("allow-inexact-resume", "", "Go on from a checkpoint even where the result will not be equal to the bit."),
 )
 
-RUN_JSON, CONFIG_OF_RUN = "run.json", "config"
-"""Where a run has its config (rlhf/runs/manifest.py)."""
+RUN_JSON, CONFIG_OF_RUN, CHECKPOINTS = "run.json", "config", "checkpoints"
+"""Where a run has its config (rlhf/runs/manifest.py) and what it can go on from (rlhf/training/checkpoint.py)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         )
     flags = [flag.name for flag in _flags(stage)]
     if "resume" in words.own:
-        file, step = _run_to_resume(words.own)
+        file, step = _run_to_resume(stage, words.own)
         config = load(SCHEMAS[stage], file, words.overrides, flags, section=CONFIG_OF_RUN)
         _require_same_place(config, file.parent)
     else:
@@ -162,24 +164,33 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     )
 
 
-def _run_to_resume(own: Mapping[str, str]) -> tuple[Path, int | None]:
+def _run_to_resume(stage: str, own: Mapping[str, str]) -> tuple[Path, int | None]:
     """run.json of the run that --resume names, and the step where it names one checkpoint of it."""
     for other in ("config", "unit-test"):
         if other in own:
             raise UsageError(f"--resume: takes the config of the run; leave --{other} out")
-    named = Path(own["resume"])
-    checkpoint = re.fullmatch(r"step-(\d+)", named.name)
+    named = Path(expanduser(own["resume"]))
+    checkpoint = re.fullmatch(r"step-(\d+)", named.name) if named.parent.name == CHECKPOINTS else None
     run = named.parent.parent if checkpoint else named
     if not (run / RUN_JSON).is_file():
         raise UsageError(f"--resume {named}: no run: {run} holds no {RUN_JSON}; name the --output of a run that was started")
+    if checkpoint and not named.is_dir():
+        there = ", ".join(sorted(path.name for path in named.parent.glob("step-*"))) or "none"
+        raise UsageError(f"--resume {named}: no such checkpoint; there is {there}")
+    try:
+        made_by = json.loads((run / RUN_JSON).read_text("utf-8"))["stage"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--resume {named}: {run / RUN_JSON} is not the manifest of a run of ours") from None
+    if made_by != stage:
+        raise UsageError(f"--resume {named}: is a run of {made_by}: rlhf {made_by} --resume {named}")
     return run / RUN_JSON, int(checkpoint[1]) if checkpoint else None
 
 
 def _require_same_place(config: Any, run: Path) -> None:
-    if Path(config.output).absolute() != run.absolute():
+    if Path(config.output).resolve() != run.resolve():
         raise ConfigError(
-            f"--resume {run} and output {config.output} are two places, and a run goes on where it is; leave --output out, or, "
-            f"if {run} was moved there from {config.output}, give --output={run}"
+            f"--resume {run} and output {config.output} are two places, and a run goes on where it is; start it from the "
+            f"directory where it was started, as its paths are seen from there; or, if {run} was moved, give --output={run}"
         )
 
 

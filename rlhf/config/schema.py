@@ -111,6 +111,8 @@ class Stage(Section):
         for field in ("dora", "base"):
             if not self.lora.rank and getattr(self.lora, field) != Lora.model_fields[field].default:
                 raise ValueError(f"lora.{field} has no meaning with lora.rank 0, which trains all weights: set lora.rank")
+        if self.lora.base != "plain" and self.lora.merge and self.trust_remote_code:
+            raise ValueError("lora.merge must be false with lora.base `nf4` and trust_remote_code: it opens the model again")
         if self.lora.base != "plain" and self.fp8.recipe != "none":
             raise ValueError("fp8.recipe must be `none` with lora.base `nf4`: a weight is held in one format")
         return self
@@ -318,6 +320,8 @@ class PpoConfig(Stage):
             raise ValueError("roles.critic must be `zero` (or absent) with roles.mode `shared`: the value head starts at zero")
         if self.roles.mode == "shared" and self.lora.base != "plain":
             raise ValueError("lora.base must be `plain` with roles.mode `shared`: its critic is saved with the base's weights")
+        if self.trust_remote_code and self.roles.mode != "separate":
+            raise ValueError("roles.mode must be `separate` with trust_remote_code: others build models that bring no code")
         if self.roles.mode == "adapters" and not self.lora.rank:
             raise ValueError(
                 "lora.rank must be more than 0 with roles.mode `adapters`: the actor and the critic are LoRA adapters"

@@ -18,7 +18,7 @@ from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.models.load import Loading, is_scalar, load_actor, load_generation_config, load_scalar, load_tokenizer
-from rlhf.paths import sync, sync_tree
+from rlhf.paths import beside, sync, sync_tree
 
 
 def save_model(
@@ -32,9 +32,7 @@ def save_model(
 
     FP8 layers end here: what is saved, and the model from now on, is plain.
     """
-    partial = directory.with_name(f".{directory.name}-{os.getpid()}")
-    for left_by_a_kill in directory.parent.glob(f".{directory.name}-*"):
-        shutil.rmtree(left_by_a_kill)
+    partial = beside(directory)
     undo(model)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # save_pretrained imports an installed DeepSpeed, which warns on stdout
@@ -54,13 +52,12 @@ def save_model(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk it is in the way
         raise
-    replaced = partial.with_name(f"{partial.name}-replaced")
+    replaced = partial.with_suffix(".replaced")
     if directory.exists():
         directory.rename(replaced)
     partial.rename(directory)
     sync(directory.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _merged(model: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ class Records:
         """Every complete line; a line cut short by a kill is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines = self.path.read_bytes().split(b"\n")  # a kill may leave half a character
         return [json.loads(line) for line in lines[:-1]]
 
     def cut(self, step: int) -> None:

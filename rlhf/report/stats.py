@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -29,8 +30,8 @@ class Stats:
                 self.add(name, value, count)
 
     def maximum(self, name: str, value: Number) -> None:
-        value = float(value)
-        self.maxima[name] = max(value, float(self.maxima.get(name, value)))
+        value, old = float(value), float(self.maxima.get(name, value))
+        self.maxima[name] = value if value > old or math.isnan(value) else old
 
     def put(self, values: Mapping[str, float]) -> None:
         """Values that are already means over all ranks."""

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -109,8 +110,10 @@ def run(argv: list[str], env: dict[str, str], run_dir: Path | None, stdout: int 
         run_dir: where the stage writes status.json; None: nowhere.
         stdout: file descriptor the child's standard output goes to; None: to ours.
     """
+    import psutil  # noqa: F401  # here, as the handler below may be called again while it imports
+
     before = _status_text(run_dir)
-    relay = _Relay(launcher=argv[1:2] == ["-m"])
+    relay = _Relay(argv[1:2] == ["-m"], begun=lambda: run_dir is None or _status_text(run_dir) != before)
     previous = {number: signal.signal(number, relay) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = relay.wait(subprocess.Popen(argv, env=os.environ | env, process_group=0, stdout=stdout))
@@ -125,8 +128,8 @@ def run(argv: list[str], env: dict[str, str], run_dir: Path | None, stdout: int 
 class _Relay:
     """A signal handler that passes the first signal on to the stage's processes and kills them on the second."""
 
-    def __init__(self, launcher: bool) -> None:
-        self.launcher = launcher
+    def __init__(self, launcher: bool, begun: Callable[[], bool]) -> None:
+        self.launcher, self.begun = launcher, begun
         self.received: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -148,6 +151,8 @@ class _Relay:
         import psutil
 
         assert self.child is not None
+        if number == signal.SIGINT and not self.begun():
+            number = signal.SIGTERM  # to a stage that still imports, Ctrl-C is a traceback
         try:
             child = psutil.Process(self.child.pid)
             family = child.children(recursive=True)
@@ -175,7 +180,7 @@ def _settle(run_dir: Path, code: int, preempted: bool, said_so: bool) -> int:
             check_unlocked(run_dir)
         except Locked:  # the status is that of another run, still going on
             return code
-        write_status(run_dir, "preempted" if preempted else "failed", _reason(code), code)
+        write_status(run_dir, "preempted" if preempted else "failed", f"{_reason(code)}; {_newest(run_dir)}", code)
     return code
 
 
@@ -183,8 +188,13 @@ def _reason(code: int) -> str:
     if code == 128 + signal.SIGKILL:
         return "killed by SIGKILL; if nobody did that, the kernel did, for want of memory"
     if code > 128:
-        return f"stopped by {signal.Signals(code - 128).name} before anything could be saved"
+        return f"stopped by {signal.Signals(code - 128).name} before the step at hand could be saved"
     return f"ended with exit code {code} without saying why; see its output"
+
+
+def _newest(run_dir: Path) -> str:
+    steps = [int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*") if path.suffix == ""]
+    return f"the newest checkpoint is step-{max(steps)}" if steps else "there is no checkpoint yet"
 
 
 def _status_text(run_dir: Path | None) -> str:

@@ -43,6 +43,9 @@ OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 # Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
+WRITTEN = ("model", "critic", "checkpoints", "metrics.jsonl", "samples.jsonl")
+"""What a run writes, and so replaces, in its directory."""
+
 MACHINE = ("world_size", "threads", "engine", "device")
 """With the versions of packages, what the last bits of a run in progress hang on. A finished one stays what it is elsewhere."""
 
@@ -132,6 +135,8 @@ def state_of(
     """
     inputs = inputs_of(stage, config)
     if not (run / MANIFEST).is_file():
+        if not_ours := [name for name in WRITTEN if (run / name).exists()]:
+            raise DataError(f"{run / not_ours[0]}: no run of ours made it, as {run} has no {MANIFEST}; choose another --output")
         return "new"
     manifest = read_manifest(run)
     if manifest["schema_version"] != SCHEMA_VERSION:
@@ -142,7 +147,7 @@ def state_of(
     if manifest["stage"] != stage:
         raise DataError(f"{run}: holds a run of {manifest['stage']}, not of {stage}; choose another --output")
     finished = manifest["finished"] is not None
-    if not finished and not any((run / "checkpoints").glob("*")):
+    if not finished and not any(not path.name.startswith(".tmp-") for path in (run / "checkpoints").glob("*")):
         return "new"  # it ended before there was anything to go on from
     changes = _changes(manifest, config, inputs, machine, whatever_the_machine=finished)
     if changes and finished:
@@ -159,15 +164,18 @@ def state_of(
 def inexact(run: Path, stage: str, changes: list[str]) -> DataError:
     """That going on with the run would not give the bits it would have given."""
     way_out = "or --allow-inexact-resume to go on all the same (it is recorded)"
+    if processes := next((change.split()[1] for change in changes if change.startswith("world_size: ")), ""):
+        way_out = f"start it with --nproc {processes} as before, {way_out}"
     return _stale(f"{run}: the unfinished {stage} run here cannot go on exactly", changes, way_out)
 
 
 def chain(run: Path) -> tuple[Node, ...]:
     """The inputs of a run, their runs' inputs and so on, each checked against what was recorded."""
-    return tuple(_nodes(run, read_json(run / MANIFEST)["inputs"]))
+    return tuple(_nodes(run, read_json(run / MANIFEST)["inputs"], frozenset({run.resolve()})))
 
 
-def _nodes(run: Path, inputs: dict[str, Any]) -> Iterator[Node]:
+def _nodes(run: Path, inputs: dict[str, Any], below: frozenset[Path]) -> Iterator[Node]:
+    """`below`: runs whose inputs are being told already, should one have been made from itself."""
     for name, entry in inputs.items():
         if entry["digest"] is None:
             yield Node(name, entry["path"], None, "by name", ())
@@ -175,7 +183,9 @@ def _nodes(run: Path, inputs: dict[str, Any]) -> Iterator[Node]:
         path = os.path.normpath(run / entry["path"])
         maker = _maker(path)
         stage = read_json(maker / MANIFEST)["stage"] if maker else None
-        yield Node(name, path, stage, _verdict(name, path, entry["digest"]), chain(maker) if maker else ())
+        theirs = () if maker is None or maker.resolve() in below else read_json(maker / MANIFEST)["inputs"]
+        inner = tuple(_nodes(maker, theirs, below | {maker.resolve()})) if maker and theirs else ()
+        yield Node(name, path, stage, _verdict(name, path, entry["digest"]), inner)
 
 
 def _verdict(name: str, path: str, recorded: str) -> Verdict:

@@ -61,12 +61,16 @@ def check_output(directory: Path) -> None:
         pass
     except OSError as error:  # a name that is too long
         raise OutputError(f"{directory}: cannot be made: {error.strerror}; choose another --output") from error
-    while not os.path.lexists(place):
-        place = place.parent
+    place = existing(place)
     if not place.is_dir():
         raise OutputError(f"{directory}: cannot be made: {place} is not a directory; choose another --output")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"{directory}: no permission to write in {place}; choose another --output")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
 
 
 def _take(stream: TextIO, kind: int) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from rlhf.digest import file_digest, file_digests, text_digest, tree_digest
 from rlhf.errors import DataError, without_secrets
+from rlhf.paths import sync
 
 SCHEMA_VERSION = 1
 
@@ -42,11 +43,7 @@ def write_json(path: Path, value: Any) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # or the new name itself may be lost with the power
-    finally:
-        os.close(directory)
+    sync(path.parent)  # or the new name itself may be lost with the power
 
 
 def read_json(path: Path) -> Any:

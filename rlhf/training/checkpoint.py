@@ -98,8 +98,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         raise StorageError(
             f"{final}: the checkpoint could not be written ({error}); older checkpoints are untouched"
         ) from error
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    # what cannot be removed any more is in nobody's way, and the next start tries again
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _numbered(root)[keep:]:
         _remove(old[1])
     return final
@@ -131,11 +131,11 @@ def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> 
             not the one that was named.
     """
     for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     for replaced in root.glob(f"{REPLACED}*"):
         original = root / replaced.name.removeprefix(REPLACED)
         if original.exists():
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.rename(original)
     found = _numbered(root)
@@ -145,7 +145,7 @@ def latest(root: Path, say: Callable[[str], None], named: int | None = None) -> 
             if named is not None and named != step:
                 raise DataError(
                     f"step-{named} was named to go on from, and {directory} is the newest that verifies; "
-                    f"move what is newer than step-{named} out of {root}, or name the run alone"
+                    f"name the run alone, or, if step-{named} is whole, move what is newer out of {root}"
                 )
             names = ", ".join(path.name for _, path in found)
             return Checkpoint(directory, step, f"of {names}, the highest step that verifies")
@@ -177,7 +177,9 @@ def verify(directory: Path, step: int) -> str:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("digest")
         files, written_at = manifest["files"], manifest["step"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:  # any other is the disk's, not the checkpoint's
+        return f"{MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{MANIFEST}: {error}"
     if digest != text_digest(json.dumps(manifest, sort_keys=True)) or written_at != step:
         return f"{MANIFEST} is not the one written with it"
@@ -185,7 +187,7 @@ def verify(directory: Path, step: int) -> str:
     if present != set(files):
         return f"files {sorted(present ^ set(files))} are missing or new"
     for name, expected in files.items():
-        if _described(directory / name) != expected:
+        if not (directory / name).is_file() or _described(directory / name) != expected:
             return f"{name} has changed"
     return ""
 
@@ -207,4 +209,4 @@ def _remove(directory: Path) -> None:
     """Renamed first, so that a kill leaves a leftover and not half a checkpoint."""
     aside = directory.with_name(f".tmp-delete-{directory.name}")
     directory.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)

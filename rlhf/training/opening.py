@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,13 +15,14 @@ import torch
 from rlhf.config.parse import Resume
 from rlhf.config.schema import Stage
 from rlhf.data.templates import TOKENIZER
-from rlhf.errors import ConfigError, LostRank, OutOfMemory, OutputError, Preempted, RlhfError, StorageError, disk_failed
+from rlhf.errors import ConfigError, OutputError, Preempted, RlhfError
 from rlhf.report.console import Console
 from rlhf.runs.lineage import MACHINE, differences, fingerprint, inputs_of, state_of
 from rlhf.runs.lock import check_output, run_lock
-from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, read_status, say_done, versions, write_json, write_status
+from rlhf.runs.manifest import MANIFEST, new_manifest, read_json, say_done, versions, write_json, write_status
+from rlhf.training.ending import cause_of, full_disk, record
 from rlhf.training.preflight import all_reduce_speed
-from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, Peer, lost, start_processes, stopped
+from rlhf.training.processes import Peer, lost, start_processes
 from rlhf.training.session import Training
 from rlhf.training.signals import StopRequest
 
@@ -32,11 +32,6 @@ VISIBLE_WITHIN_SECONDS = 30
 
 LEFT_BY_A_KILL = (".*.json-*", ".*.jsonl-*", ".seen-*")
 """Files under names that only their writer knows; the lock is held when they are removed, so none is."""
-
-SMALLER = "lower micro_batch_size, or set gradient_checkpointing: true"
-
-CLOSED = ("connection reset", "connection closed", "connection refused", "broken pipe", "read error")
-"""In what gloo says of a process that was there."""
 
 
 @contextmanager
@@ -59,6 +54,7 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
         train.peers = train.gather(Peer.this(train.rank))
         stop.end_at_once_if = lambda: lost(train.peers)
         _open_run(train, stack)
+        stop.before_ending_at_once = lambda number: record(train, Preempted(number))
         try:
             _require_one_directory(train)
             if train.world_size > 1:
@@ -67,8 +63,9 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
                 accelerator.init_trackers(stage)
             yield train
         except BaseException as error:
-            cause = OutOfMemory.behind(error, SMALLER) or _lost_rank(train, error) or _full_disk(train, error) or error
-            _record(train, cause)
+            stop.ending()  # or a launcher that ends this process, too, would cut short what is said of it
+            cause = cause_of(train, error)
+            record(train, cause)
             if cause is error:
                 raise
             raise cause from error
@@ -96,9 +93,10 @@ def _ending_together(train: Training) -> Iterator[None]:
     except (RlhfError, SystemExit) as error:
         ending = error
     except OSError as error:
-        ending = _full_disk(train, error)
+        ending = full_disk(train.run, error)
         if ending is None:
             raise
+    train.wait_for_main()  # inputs may take longer to hash than any exchange of tensors may
     told = None if ending is None else (getattr(ending, "exit_code", 0), str(ending))
     endings = {rank: one for rank, one in enumerate(train.gather(told)) if one is not None}
     if ending is not None:
@@ -174,43 +172,3 @@ def _begin(train: Training, manifest: dict[str, Any]) -> None:
     train.manifest = manifest
     write_json(train.run / MANIFEST, manifest)
     write_status(train.run, "running")
-
-
-def _lost_rank(train: Training, error: BaseException) -> LostRank | None:
-    """What torch says when a process that this one waits for is gone tells nobody which."""
-    if train.world_size == 1 or not isinstance(error, RuntimeError):
-        return None
-    if gone := lost(train.peers, GONE_WITHIN_SECONDS):
-        return LostRank(gone)
-    said = str(error).lower()
-    if isinstance(error, torch.distributed.DistError) or any(sign in said for sign in CLOSED):
-        return LostRank(f"a process on another machine is gone ({str(error).splitlines()[0]})")
-    if "timed out" in said:
-        minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
-        which = stopped(train.peers) or "it hangs, or its machine is gone"
-        return LostRank(f"no answer from another process for {minutes:.2g} minutes: {which}")
-    return None
-
-
-def _full_disk(train: Training, error: BaseException) -> StorageError | None:
-    if isinstance(error, RlhfError) or not disk_failed(error):
-        return None
-    free = shutil.disk_usage(train.run).free
-    return StorageError(
-        f"{train.run}: cannot be written ({error}; {free:,} bytes are free); what was saved is untouched: make room, and run "
-        "the same command again"
-    )
-
-
-def _record(train: Training, error: BaseException) -> None:
-    """Writes why the run ended. The rank that fails first has the cause; what follows on other ranks is its echo."""
-    if not os.path.isdir(train.run):
-        return  # a rank that does not see it, and another one that says so
-    status = read_status(train.run)
-    if status is None or status["state"] == "running":
-        state = "preempted" if isinstance(error, Preempted) else "failed"
-        reason = str(error).split("\n")[0] or type(error).__name__
-        try:
-            write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))
-        except OSError as failure:  # what ended the run may keep this from being written, too, and is what must be said
-            print(f"{train.run}: status.json cannot say so: {failure}", file=sys.stderr, flush=True)

@@ -55,6 +55,7 @@ def restore(train: Training) -> dict[str, Tensor]:
     step = train.gather(found and found.step)[0]
     if not train.is_main and step is not None:
         found = checkpoint.at(train.run / CHECKPOINTS, step)
+    train.wait_for_main()  # not inside an exchange of tensors, with its shorter deadline
     if train.is_main:
         for records in (train.metrics, train.samples):
             records.cut(found.step if found else -1)

@@ -316,7 +316,7 @@ class Training:
         self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
     ) -> dict[str, float]:
         """Writes, and returns, a metrics line of what is finite: an evaluation of the weights after `step` steps."""
-        values = self.non_finite.evaluated(step, values)
+        values = self.non_finite.evaluated(step, self.gather(dict(values))[0])  # a scorer may tell each rank something else
         if self.is_main:
             self.metrics.append_once(step, values)
             for sample in samples:

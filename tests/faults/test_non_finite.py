@@ -325,3 +325,20 @@ def test_moments_leave_out_what_is_not_finite():
     scores = torch.tensor([1.0, math.nan, 3.0, math.inf])
     moments = Moments.of(scores, scores.isfinite())
     assert (moments.count, moments.mean, moments.variance) == (2, 2.0, 1.0)
+
+
+def test_a_loss_too_large_for_its_exponential(world, tmp_path):
+    """Its perplexity is infinite, which is for the run to judge."""
+
+    def huge(module) -> None:
+        right = module.sft_loss
+
+        def loss(*arguments):
+            value, count = right(*arguments)
+            return value * 1000, count
+
+        module.sft_loss = loss
+
+    log = tmp_path / "log"
+    assert run("sft", flags("sft", world, tmp_path / "sft", schedule__length=1), log, huge) == 1
+    assert "eval/perplexity is inf" in log.read_text()

@@ -12,15 +12,15 @@ from datetime import timedelta
 
 import psutil
 import pytest
-from harness import flags, left, start_on, wait
+from harness import flags, left, start_on, wait, wait_until
 
-from rlhf.training import opening, processes, session
+from rlhf.training import ending, processes, session
 
 SECONDS = 4
 
 
 def short_timeout() -> None:
-    processes.COLLECTIVE_TIMEOUT = opening.COLLECTIVE_TIMEOUT = timedelta(seconds=SECONDS)
+    processes.COLLECTIVE_TIMEOUT = ending.COLLECTIVE_TIMEOUT = timedelta(seconds=SECONDS)
 
 
 def at_step_3(what):
@@ -67,7 +67,7 @@ def test_a_rank_that_dies(stage, fault, code, world, tmp_path):
     assert wait(second) == code
     began = time.monotonic()
     assert wait(first) == 74, log.read_text()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # 5 s, on a machine that does nothing else
     assert f"rank 1 (pid {second} on " in log.read_text()
     assert json.loads((output / "status.json").read_text())["exit_code"] == (70 if fault is raises else 74)
     whole = tmp_path / "whole"
@@ -83,11 +83,10 @@ def test_a_rank_that_freezes(fault, says, world, tmp_path):
     """After the longest that a rank waits for another, and 5 s; a stopped one is named."""
     output, log = tmp_path / "sft", tmp_path / "log"
     first, second = start_on(2, "sft", flags("sft", world, output, schedule__length=6), log, at_step_3(fault))
-    while not (output / "checkpoints" / "step-3").exists():
-        time.sleep(0.01)
+    wait_until((output / "checkpoints" / "step-3").exists)
     began = time.monotonic()
     assert wait(first) == 74, log.read_text()
-    assert time.monotonic() - began < SECONDS + 5
+    assert time.monotonic() - began < SECONDS + 10  # 5 s, on a machine that does nothing else
     assert f"no answer from another process for {SECONDS / 60:.2g} minutes: {says.format(second)}" in log.read_text()
     assert ("is stopped" in log.read_text()) == (fault is freezes)
     assert json.loads((output / "status.json").read_text())["exit_code"] == 74
@@ -103,10 +102,7 @@ def test_the_command_leaves_nobody_behind(world, tmp_path):
     argv = [sys.executable, "-m", "rlhf", "sft", "--nproc=2", "--launch=cpu"]
     argv += flags("sft", world, output, schedule__length=100_000)
     with log.open("w") as stream, subprocess.Popen(argv, stdout=stream, stderr=stream) as command:
-        deadline = time.monotonic() + 180
-        while not (output / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until((output / "metrics.jsonl").exists, seconds=180)
         family = psutil.Process(command.pid).children(recursive=True)
         ranks = [process for process in family if process.environ().get("RANK") == "1"]
         ranks[0].kill()

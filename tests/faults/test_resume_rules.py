@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from harness import flags, run
 
 from rlhf.config.parse import parse
+from rlhf.digest import file_digests
 from rlhf.errors import ConfigError, UsageError
-from rlhf.training import session
+from rlhf.training import checkpoint, session
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_the_config_of_a_run_is_read_with_places_and_flags_over_it(stopped):
         (["--resume=STOPPED", "--config=sft"], UsageError, "takes the config of the run; leave --config out"),
         (["--resume=STOPPED", "--output=elsewhere"], ConfigError, "STOPPED and output elsewhere are two places"),
         (["--resume=STOPPED/checkpoints/step-x"], UsageError, "holds no run.json"),
+        (["--resume=STOPPED/checkpoints/step-5"], UsageError, "no such checkpoint; there is step-3, step-4"),
         (["--resume"], UsageError, "the value is missing; expected RUN"),
     ],
 )
@@ -88,7 +91,7 @@ def test_two_wills_are_refused(words, error, message, stopped):
     assert message.replace("STOPPED", str(stopped)) in str(caught.value)
 
 
-@pytest.mark.parametrize(("step", "found"), [(3, "step-4"), (5, "step-4")])
+@pytest.mark.parametrize(("step", "found"), [(3, "step-4")])
 def test_a_named_checkpoint_that_is_not_the_newest_is_refused(step, found, unfinished, tmp_path):
     log = tmp_path / "log"
     arguments = [f"--resume={unfinished}/checkpoints/step-{step}", f"--output={unfinished}"]
@@ -164,3 +167,67 @@ def test_a_changed_parent_is_refused(world, tmp_path):
     weights.write_bytes(bytes(content))
     assert run("rm", arguments, log) == 65
     assert "has changed since its sft run finished: model/model.safetensors" in log.read_text()
+
+
+def test_half_a_character_at_the_end_of_a_record(unfinished, world, tmp_path):
+    """As a kill or a full disk leaves it: an unfinished line is no line."""
+    whole = (unfinished / "metrics.jsonl").read_bytes()
+    (unfinished / "metrics.jsonl").write_bytes(whole + '{"step": 5, "prompt": "\N{HIRAGANA LETTER A}'.encode()[:-1])
+    assert run("sft", six_steps(world, unfinished), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+def test_the_leftover_of_a_first_save_is_nothing_to_go_on_from(unfinished, world, tmp_path):
+    shutil.rmtree(unfinished / "checkpoints")
+    (unfinished / "checkpoints" / ".tmp-step-1-99").mkdir(parents=True)
+    arguments = six_steps(world, unfinished, optimizer__lr=1e-4)
+    assert run("sft", arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+def test_a_disk_that_cannot_be_read_retires_no_checkpoint(unfinished, monkeypatch):
+    def away(path: Path, **_: object) -> str:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        with pytest.raises(OSError, match="Stale file handle"):
+            checkpoint.latest(unfinished / "checkpoints", lambda text: None)
+    assert sorted(path.name for path in (unfinished / "checkpoints").iterdir()) == ["step-3", "step-4"]
+
+
+def test_old_checkpoints_that_cannot_be_removed_end_nothing(world, tmp_path):
+    """NFS keeps `.nfs*` files in a directory while somebody reads them."""
+
+    def busy(module) -> None:
+        checkpoint.shutil.rmtree = lambda path, ignore_errors=False: None if ignore_errors else os.rmdir(path)
+
+    log = tmp_path / "log"
+    assert run("sft", six_steps(world, tmp_path / "sft"), log, busy) == 0, log.read_text()
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl"])
+def test_what_no_run_made_is_not_replaced(name, world, tmp_path):
+    """The output is the directory that the model to train lies in."""
+    log, output = tmp_path / "log", tmp_path / "mine"
+    shutil.copytree(world / "model", output / name)
+    before = file_digests(output)
+    more = {"model": output / "model"} if name == "model" else {}
+    assert run("sft", six_steps(world, output, **more), log) == 65
+    assert f"{output / name}: no run of ours made it" in log.read_text()
+    assert {name: digest for name, digest in file_digests(output).items() if not name.startswith(".")} == before
+
+
+def test_a_run_of_another_stage_is_said_to_be_one(unfinished):
+    with pytest.raises(UsageError, match=f"is a run of sft: rlhf sft --resume {unfinished}"):
+        parse("rm", [f"--resume={unfinished}"])
+
+
+def test_a_run_that_is_called_like_a_checkpoint(unfinished):
+    place = unfinished.rename(unfinished.with_name("step-3"))
+    assert parse("sft", [f"--resume={place}", f"--output={place}"]).resume.step is None
+
+
+def test_processes_are_asked_for_as_before(unfinished, world, tmp_path):
+    manifest = json.loads((unfinished / "run.json").read_text())
+    (unfinished / "run.json").write_text(json.dumps(manifest | {"world_size": 4}))
+    assert run("sft", six_steps(world, unfinished), tmp_path / "log") == 65
+    assert "start it with --nproc 4 as before" in (tmp_path / "log").read_text()

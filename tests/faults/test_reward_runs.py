@@ -44,10 +44,10 @@ def test_a_run_goes_on_after_a_failed_try(world, tmp_path, processes):
     ("body", "reason"),
     [
         ("time.sleep(1000)", "gave no answer within 2 s"),
-        ("return [1.0] + [float('nan')] * (len(responses) - 1)", "the score of reply 1 is nan"),
+        ("return [1.0] + [None] * (len(responses) - 1)", "the score of reply 1 is None"),
         ("os._exit(3)", "exit code 3"),
     ],
-    ids=["hangs", "nan", "dies"],
+    ids=["hangs", "none", "dies"],
 )
 def test_a_run_ends_with_a_word(world, tmp_path, processes, body, reason):
     (tmp_path / "mine.py").write_text(f"import os, time\ndef f(responses):\n    {body}\n")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from harness import flags, left, run, start, start_on, wait
+from harness import flags, left, run, start, start_on, wait, wait_until
+
+from rlhf.training import session, signals
 
 STAGES = ("sft", "rm", "ppo")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -23,11 +25,20 @@ def has_begun(output: Path) -> bool:
     return file.exists() and '"tokens"' in file.read_text()
 
 
-def wait_until(what, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def pauses_in_step_3(place: Path):
+    """The third step begins only once `place/go` is there, so that a signal comes while the run is under way."""
+
+    def change(module) -> None:
+        right = session.Training.one_step
+
+        def one_step(self):
+            while self.step_done == 2 and not (place / "go").exists():
+                time.sleep(0.01)
+            yield from right(self)
+
+        session.Training.one_step = one_step
+
+    return change
 
 
 def status(output: Path) -> tuple[str, int]:
@@ -51,14 +62,22 @@ def whole(world, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("sft", signal.SIGTERM),
+        ("sft", signal.SIGINT),
+        *(pytest.param(stage, number, marks=pytest.mark.slow) for stage in ("rm", "ppo") for number in CODES),
+    ],
+)
 def test_the_first_signal_saves(stage, number, world, whole, tmp_path):
     output, log = tmp_path / stage, tmp_path / "log"
     arguments = flags(stage, world, output, schedule__length=8, checkpoint__every=0)  # only the signal saves
-    pid = start(stage, arguments, log)
+    pid = start(stage, arguments, log, pauses_in_step_3(tmp_path))
     wait_until(lambda: has_begun(output))
     os.kill(pid, number)
+    os.kill(pid, number)  # from who signals a whole job as well as its launcher, which passes it on
+    (tmp_path / "go").touch()
     assert wait(pid) == CODES[number], log.read_text()
     assert status(output) == ("preempted", CODES[number])
     (saved,) = (output / "checkpoints").iterdir()
@@ -76,10 +95,10 @@ def test_a_signal_to_one_rank_saves_on_all(stage, rank, world, whole, tmp_path):
     """Whichever rank it reaches, all stop after the same step, and go on to the same bits."""
     output, log = tmp_path / stage, tmp_path / "log"
     arguments = flags(stage, world, output, schedule__length=8)
-    pids = start_on(2, stage, arguments, log)
+    pids = start_on(2, stage, arguments, log, pauses_in_step_3(tmp_path))
     wait_until(lambda: has_begun(output))
-    time.sleep(random.Random(f"{stage} {rank}").uniform(0, 0.3))
     os.kill(pids[rank], signal.SIGTERM)
+    (tmp_path / "go").touch()
     assert [wait(pid) for pid in pids] == [143, 143], log.read_text()
     assert status(output) == ("preempted", 143)
     assert [wait(pid) for pid in start_on(2, stage, arguments, log)] == [0, 0], log.read_text()
@@ -106,22 +125,59 @@ def test_the_second_signal_ends_at_once(number, world, tmp_path):
     pid = start("sft", flags("sft", world, output, data__eval="null"), log, sleep_in_step_2)
     wait_until((tmp_path / "sleeps").exists)
     os.kill(pid, number)
-    time.sleep(0.3)
+    time.sleep(signals.ONE_SIGNAL_SECONDS + 0.5)
     began = time.monotonic()
     os.kill(pid, number)
     assert wait(pid) == CODES[number]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # and not 60
+    assert status(tmp_path / "sft") == ("preempted", CODES[number])
+
+
+def started_by_command(world: Path, output: Path, processes: int = 1, **more: object) -> subprocess.Popen[bytes]:
+    """`rlhf sft` on a run without an end, under way."""
+    arguments = flags("sft", world, output, schedule__length=100_000, **more)
+    argv = [sys.executable, "-m", "rlhf", "sft", "--launch=cpu", f"--nproc={processes}", *arguments]
+    log = (output.parent / "log").open("w")
+    process = subprocess.Popen(argv, stdout=log, stderr=log)
+    wait_until(lambda: has_begun(output) or process.poll() is not None, seconds=180)
+    assert process.poll() is None, (output.parent / "log").read_text()
+    return process
 
 
 @pytest.mark.slow
-def test_the_command_says_what_the_stage_said(world, tmp_path):
-    """`rlhf sft` over torchrun, which returns 1 for everything: its own exit code and status.json are the stage's."""
-    output, log = tmp_path / "sft", tmp_path / "log"
-    arguments = flags("sft", world, output, schedule__length=100_000, threads=1)
-    argv = [sys.executable, "-m", "rlhf", "sft", "--nproc=2", "--launch=cpu", *arguments]
-    with log.open("w") as stream, subprocess.Popen(argv, stdout=stream, stderr=stream) as process:
-        wait_until(lambda: has_begun(output), seconds=180)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 143, log.read_text()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_says_what_the_stage_said(processes, world, tmp_path):
+    """Over torchrun, which returns 1 for everything, and where the whole job is signalled: saved, with the stage's own code."""
+    output = tmp_path / "sft"
+    with started_by_command(world, output, processes, checkpoint__every=0) as process:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()
     assert status(output) == ("preempted", 143)
-    assert (output / "checkpoints").is_dir()
+    assert [path.name.startswith("step-") for path in (output / "checkpoints").iterdir()] == [True]
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_leaves_nobody_behind(world, tmp_path):
+    output = tmp_path / "sft"
+    with started_by_command(world, output) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert process.wait(timeout=60) == 130, (tmp_path / "log").read_text()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert status(output) == ("preempted", 130)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_it_starts_is_no_traceback(world, tmp_path):
+    argv = [sys.executable, "-m", "rlhf", "sft", "--launch=cpu", *flags("sft", world, tmp_path / "sft")]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(argv, stdout=log, stderr=log) as process:
+        wait_until(lambda: psutil.Process(process.pid).children())
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -195,7 +195,8 @@ class TestEnd:
     def test_a_stage_that_dies_silently(self, fault: Callable[[str], None]) -> None:
         fault("exit")
         assert launch.run(*start(), Path("sft")) == 70
-        assert finish() == ("failed", "ended with exit code 70 without saying why; see its output", 70)
+        reason = "ended with exit code 70 without saying why; see its output; the newest checkpoint is step-1"
+        assert finish() == ("failed", reason, 70)
 
     def test_an_old_status_is_not_believed(self) -> None:
         Path("sft").mkdir()

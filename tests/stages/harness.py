@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -69,6 +69,13 @@ def wait(pid: int, seconds: float = 120) -> int:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             deadline = math.inf
+        time.sleep(0.01)
+
+
+def wait_until(what: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
 
 
