@@ -133,6 +133,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(world: Path, tmp_path: Pa
             assert f"warning: {expected} of {data} ask what rows of {train} ask" in log.read_text()
 
 
+@pytest.mark.slow
 def test_what_is_said_of_data_is_said_once_and_the_same_in_two_processes(world: Path, tmp_path: Path) -> None:
     data = with_bad_rows(tmp_path / "rows.jsonl", "sft")
     more = {"data": data, "data__eval": data, "data__max_line_bytes": 150, "data__on_error": "skip", "schedule__length": 1}

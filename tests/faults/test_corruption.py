@@ -117,6 +117,7 @@ def test_every_corruption_is_noticed_and_passed_over(stopped, tmp_path):
     assert len(seen) == len(STAGES) * len(CORRUPTIONS) * len(FILES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_rerun_ends_with_the_same_bits(stage, stopped, world, tmp_path):
     run_of, expected = stopped[stage]

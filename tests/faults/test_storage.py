@@ -144,7 +144,7 @@ def test_an_output_that_cannot_be_made(stage, kind, world, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_runs_in_one_place(processes, world, tmp_path):
     """The second ends at once and says who is there; the first goes on; a killed one leaves no lock."""
     output, log = tmp_path / "sft", tmp_path / "log"
