@@ -182,10 +182,13 @@ def _nodes(run: Path, inputs: dict[str, Any], below: frozenset[Path]) -> Iterato
             continue
         path = os.path.normpath(run / entry["path"])
         maker = _maker(path)
-        stage = read_json(maker / MANIFEST)["stage"] if maker else None
-        theirs = () if maker is None or maker.resolve() in below else read_json(maker / MANIFEST)["inputs"]
-        inner = tuple(_nodes(maker, theirs, below | {maker.resolve()})) if maker and theirs else ()
-        yield Node(name, path, stage, _verdict(name, path, entry["digest"]), inner)
+        verdict = _verdict(name, path, entry["digest"])
+        if maker is None:
+            yield Node(name, path, None, verdict, ())
+            continue
+        made, place = read_json(maker / MANIFEST), maker.resolve()
+        inner = () if place in below else tuple(_nodes(maker, made["inputs"], below | {place}))
+        yield Node(name, path, made["stage"], verdict, inner)
 
 
 def _verdict(name: str, path: str, recorded: str) -> Verdict:

@@ -12,9 +12,9 @@ from datetime import timedelta
 
 import psutil
 import pytest
-from harness import flags, left, start_on, wait, wait_until
+from harness import before_each_step, flags, left, start_on, wait, wait_until
 
-from rlhf.training import ending, processes, session
+from rlhf.training import ending, processes
 
 SECONDS = 4
 
@@ -26,16 +26,13 @@ def short_timeout() -> None:
 def at_step_3(what):
     """Rank 1 does it as it begins its fourth step."""
 
+    def act(train) -> None:
+        if train.step_done == 3 and train.rank == 1:
+            what()
+
     def change(module) -> None:
         short_timeout()
-        right = session.Training.one_step
-
-        def one_step(self):
-            if self.step_done == 3 and self.rank == 1:
-                what()
-            yield from right(self)
-
-        session.Training.one_step = one_step
+        before_each_step(act)(module)
 
     return change
 

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import flags, run
+from harness import before_each_step, flags, run
 
 from rlhf.config.parse import parse
 from rlhf.digest import file_digests
@@ -37,18 +37,7 @@ def six_steps(world: Path, output: Path, **more: object) -> list[str]:
 
 def kill_at_step(step: int):
     """Breaks the recipe so that it is killed as it begins the step."""
-
-    def change(module) -> None:
-        right = session.Training.one_step
-
-        def one_step(self):
-            if self.step_done == step:
-                signal.raise_signal(signal.SIGKILL)
-            yield from right(self)
-
-        session.Training.one_step = one_step  # in the fork that is to be killed
-
-    return change
+    return before_each_step(lambda train: train.step_done == step and signal.raise_signal(signal.SIGKILL))
 
 
 def test_candidates_rule_and_winner_are_one_line(unfinished, world, tmp_path):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import flags, left, run, start, start_on, wait, wait_until
+from harness import before_each_step, flags, left, run, start, start_on, wait, wait_until
 
-from rlhf.training import session, signals
+from rlhf.training import signals
 
 STAGES = ("sft", "rm", "ppo")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -28,17 +28,11 @@ def has_begun(output: Path) -> bool:
 def pauses_in_step_3(place: Path):
     """The third step begins only once `place/go` is there, so that a signal comes while the run is under way."""
 
-    def change(module) -> None:
-        right = session.Training.one_step
+    def pause(train) -> None:
+        while train.step_done == 2 and not (place / "go").exists():
+            time.sleep(0.01)
 
-        def one_step(self):
-            while self.step_done == 2 and not (place / "go").exists():
-                time.sleep(0.01)
-            yield from right(self)
-
-        session.Training.one_step = one_step
-
-    return change
+    return before_each_step(pause)
 
 
 def status(output: Path) -> tuple[str, int]:

@@ -21,6 +21,7 @@ from rlhf.cli import main
 from rlhf.config.parse import parse
 from rlhf.errors import RlhfError
 from rlhf.paths import CONFIGS, STAGES
+from rlhf.training.session import Training
 
 torch.set_num_threads(1)
 
@@ -143,6 +144,21 @@ def start_on(
         )
         for rank in range(processes)
     ]
+
+
+def before_each_step(act: Callable[[Training], object]) -> Callable[[ModuleType], None]:
+    """A `change` that calls `act` as a step begins."""
+
+    def change(module: ModuleType) -> None:
+        right = Training.one_step
+
+        def one_step(train: Training):
+            act(train)
+            yield from right(train)
+
+        Training.one_step = one_step  # in the fork
+
+    return change
 
 
 def run_on_two(stage: str, arguments: list[str], log: Path, change=None, **more) -> list[int]:
