@@ -33,7 +33,6 @@ from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
-from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
@@ -146,7 +145,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                 if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
                 if probe is not None:
-                    loss_of = partial(ppo_loss, policy, config=config, pad_id=pad_id, device=train.device, stats=Stats())
+                    loss_of = partial(ppo_loss, policy, config=config, device=train.device, stats=Stats())
                     probe(checks, train, roles, policy, experience, loss_of)
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
@@ -156,9 +155,9 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                 for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step)) if usable else ()):
                     tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
-                        part = experience.rows(micro.items) if micro.weight else experience.rows(micro.items).masked()
-                        loss = ppo_loss(policy, part, config, pad_id, train.device, stats_here, warming_up)
-                        train.backward(loss / tokens)
+                        stats_of = stats_here if micro.weight else Stats()
+                        loss = ppo_loss(policy, experience.rows(micro.items), config, train.device, stats_of, warming_up)
+                        train.backward(micro.weight * loss / tokens)
                     if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
                         continue
                     if step == count == 0:
@@ -190,18 +189,15 @@ def ppo_loss(
     policy,
     part: Experience,
     config: PpoConfig,
-    pad_id: int,
     device: torch.device,
     stats: Stats,
     warming_up: bool = False,
 ) -> torch.Tensor:
     """Policy and value loss of a micro-batch, summed over its tokens; statistics go into `stats`."""
-    batch = part.batch(pad_id).to(device)
-    part = part.to(device)
+    output, part = policy(part.batch().to(device), temperature=config.rollout.temperature), part.to(device)
     assert part.advantages is not None
     assert part.returns is not None
-    output = policy(batch)
-    logprobs, values = token_logprobs(output.logits[:, :-1], part.tokens, config.rollout.temperature), output.values[:, :-1]
+    logprobs, values = part.spread(output.logprobs), part.spread(output.values)
     of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
     of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
     for name, loss, of_loss in (("policy", of_policy, policy_stats), ("value", of_value, value_stats)):

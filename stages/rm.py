@@ -22,7 +22,7 @@ from rlhf.data.examples import PairExample, pair_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
-from rlhf.models.roles import open_rm, read_last
+from rlhf.models.roles import open_rm
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.training.entry import run_stage
@@ -47,7 +47,6 @@ def main(invocation: Invocation) -> None:
 
         pairs = read(config.data.train)
         held_out = read(config.data.eval) if config.data.eval else []
-        pad_id = roles.pad_id
 
         batches = Batches(len(pairs), config.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
@@ -58,7 +57,7 @@ def main(invocation: Invocation) -> None:
             tokens = sum(map(tokens_of, batch))
 
             for micro in train.accumulate(batch, config.micro_batch_size):
-                chosen, rejected = scores(policy, micro.items, pad_id, train.device)
+                chosen, rejected = scores(policy, micro.items, train.device)
                 loss = bradley_terry_loss(chosen, rejected).sum()
                 train.backward(micro.weight * loss / len(batch))
                 add_statistics(train.stats, micro.weight, chosen.detach(), rejected.detach(), "")
@@ -66,10 +65,10 @@ def main(invocation: Invocation) -> None:
 
             train.report(step, tokens, SHOW)
             if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
-                evaluate(train, config, policy, held_out, pad_id, step + 1)
+                evaluate(train, config, policy, held_out, step + 1)
 
         # -- the result ----------------------------------------------------------------------------------------------
-        result = evaluate(train, config, policy, held_out, pad_id, train.step_done) if held_out else {}
+        result = evaluate(train, config, policy, held_out, train.step_done) if held_out else {}
         train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
@@ -80,12 +79,10 @@ def tokens_of(pair: PairExample) -> int:
     return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
-def scores(policy, pairs: list[PairExample], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def scores(policy, pairs: list[PairExample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen, rejected), each (pairs,)."""
-    batch = pair_batch(pairs, pad_id).to(device)
-    assert batch.attention_mask is not None
-    both = read_last(policy(batch, roles=("critic",)).values, batch.attention_mask)
-    return both[: len(pairs)], both[len(pairs) :]
+    both = policy(pair_batch(pairs).to(device), roles=("critic",)).values
+    return both[::2], both[1::2]
 
 
 def add_statistics(stats: Stats, weight: float, chosen: torch.Tensor, rejected: torch.Tensor, prefix: str) -> None:
@@ -96,12 +93,12 @@ def add_statistics(stats: Stats, weight: float, chosen: torch.Tensor, rejected: 
     stats.add(f"{prefix}score", weight * (chosen + rejected).sum() / 2, pairs)
 
 
-def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample], pad_id: int, step: int) -> dict[str, float]:
+def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample], step: int) -> dict[str, float]:
     """Held-out accuracy with its 95% interval, beside the rule that the longer reply is the better one."""
     stats = Stats()
     with train.evaluating():
         for micro in train.accumulate(sorted(pairs, key=len), config.micro_batch_size):
-            add_statistics(stats, micro.weight, *scores(policy, micro.items, pad_id, train.device), "eval/")
+            add_statistics(stats, micro.weight, *scores(policy, micro.items, train.device), "eval/")
     values = train.reduce(stats)
     low, high = wilson_interval(values["eval/accuracy"] * len(pairs), len(pairs))
     longer = [0.5 * (len(p.chosen) == len(p.rejected)) + (len(p.chosen) > len(p.rejected)) for p in pairs]

@@ -13,11 +13,13 @@ out: dropout (off in every stage), and mixing of several data sets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import SftConfig
-from rlhf.data.collate import pack, packed_batch, sft_batch
+from rlhf.data.collate import pack, sft_batch
 from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
@@ -48,8 +50,6 @@ def main(invocation: Invocation) -> None:
 
         examples = read(config.data.train)
         held_out = read(config.data.eval) if config.data.eval else []
-        collate = packed_batch if config.data.packing else sft_batch
-        pad_id = roles.pad_id
 
         batches = Batches(len(examples), config.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
@@ -57,28 +57,33 @@ def main(invocation: Invocation) -> None:
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
             if held_out and step == 0:
-                evaluate(train, config, policy, held_out, collate, pad_id, 0)
-            batch = sorted((examples[index] for index in batches[step]), key=size)  # rows of like length share a micro-batch
+                evaluate(train, config, policy, held_out, 0)
+            batch = sorted((examples[index] for index in batches[step]), key=size)  # every rank gets short ones and long ones
             tokens = sum(map(trained_tokens, batch))
 
             for micro in train.accumulate(batch, config.micro_batch_size):
-                inputs, labels = collate(micro.items, pad_id)
-                output = policy(inputs.to(train.device), roles=("actor",))
-                loss, count = sft_loss(output.logits, labels.to(train.device))
+                rows = sft_batch(examples_of(micro.items)).to(train.device)
+                loss = sft_loss(policy(rows, roles=("actor",)).logprobs)
                 train.backward(micro.weight * loss / tokens)
-                train.stats.add("loss", micro.weight * loss.detach(), micro.weight * count)
+                train.stats.add("loss", micro.weight * loss.detach(), micro.weight * len(rows.targets))
             train.optimizer_step(tokens)
 
             train.report(step, sum(map(size, batch)), SHOW)
             if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
-                evaluate(train, config, policy, held_out, collate, pad_id, step + 1)
+                evaluate(train, config, policy, held_out, step + 1)
 
         # -- the result ----------------------------------------------------------------------------------------------
-        result = evaluate(train, config, policy, held_out, collate, pad_id, train.step_done) if held_out else {}
+        result = evaluate(train, config, policy, held_out, train.step_done) if held_out else {}
         train.consolidate()
         if train.is_main:
             save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(result, ["model"])
+
+
+def examples_of(rows: list) -> Iterator[SftExample]:
+    """Without packs, which say what is computed together and nothing else."""
+    for row in rows:
+        yield from row if isinstance(row, list) else [row]
 
 
 def size(row: SftExample | list[SftExample]) -> int:
@@ -91,14 +96,14 @@ def trained_tokens(row: SftExample | list[SftExample]) -> int:
     return sum(map(trained_tokens, row)) if isinstance(row, list) else sum(row.trained[1:])
 
 
-def evaluate(train: Training, config: SftConfig, policy, rows: list, collate, pad_id: int, step: int) -> dict[str, float]:
+def evaluate(train: Training, config: SftConfig, policy, rows: list, step: int) -> dict[str, float]:
     """Mean loss per trained token of held-out rows, and its exponential."""
     stats = Stats()
     with train.evaluating():
         for micro in train.accumulate(sorted(rows, key=size), config.micro_batch_size):
-            inputs, labels = collate(micro.items, pad_id)
-            loss, count = sft_loss(policy(inputs.to(train.device), roles=("actor",)).logits, labels.to(train.device))
-            stats.add("eval/loss", micro.weight * loss, micro.weight * count)
+            batch = sft_batch(examples_of(micro.items)).to(train.device)
+            loss = sft_loss(policy(batch, roles=("actor",)).logprobs)
+            stats.add("eval/loss", micro.weight * loss, micro.weight * len(batch.targets))
     values = train.reduce(stats)
     values["eval/perplexity"] = torch.tensor(values["eval/loss"]).double().exp().item()  # infinite where math.exp raises
     return train.record_evaluation(step, values)

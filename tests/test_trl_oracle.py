@@ -13,7 +13,6 @@ from rlhf.functional.preference import bradley_terry_loss
 from rlhf.functional.sft import sft_loss
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import Loading, load_actor, load_scalar
-from rlhf.models.roles import read_last
 from rlhf.training.tiny import write_tiny_model
 
 SFT = [SftExample([2, 3, 4, 5, 1], [False, False, True, True, True]), SftExample([6, 7, 1], [False, True, True])]
@@ -47,8 +46,8 @@ def test_sft(tiny, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     actor = load_actor(str(tiny / "model"), Loading())
-    batch, labels = sft_batch(SFT, pad_id=0)
-    total, count = sft_loss(ActorCritic(actor=actor)(batch, roles=("actor",)).logits, labels)
+    batch = sft_batch(SFT)
+    total, count = sft_loss(ActorCritic(actor=actor)(batch, roles=("actor",)).logprobs), len(batch.targets)
     (total / count).backward()
 
     model = load_actor(str(tiny / "model"), Loading())  # a plain transformers model; the trainer uses its own forward
@@ -67,9 +66,8 @@ def test_reward_model(tiny, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
     critic = load_scalar(str(tiny / "critic"), Loading())
-    batch = pair_batch(PAIRS, pad_id=0)
-    both = read_last(ActorCritic(critic=critic)(batch, roles=("critic",)).values, batch.attention_mask)
-    ours = bradley_terry_loss(both[:2], both[2:]).mean()
+    both = ActorCritic(critic=critic)(pair_batch(PAIRS), roles=("critic",)).values
+    ours = bradley_terry_loss(both[::2], both[1::2]).mean()
     ours.backward()
 
     model = load_scalar(str(tiny / "critic"), Loading())  # plain transformers; TRL uses its own forward

@@ -17,6 +17,7 @@ from rlhf.config.sections import (
     Count,
     Data,
     Fraction,
+    FrozenCache,
     Lora,
     Model,
     NonFinite,
@@ -291,6 +292,7 @@ class PpoConfig(Stage):
     rollout: Rollout = Rollout()
     ppo: PpoAlgorithm = PpoAlgorithm()
     kl: Kl = Kl()
+    frozen_cache: FrozenCache = FrozenCache()
     eval: Evaluation = Evaluation()
     micro_batch_size: Count = 8
     """Replies per forward pass of one process, in scoring and update alike."""

@@ -202,6 +202,16 @@ class Data(Reading, TrainingFiles):  # the fields of the last come first
     pass
 
 
+class FrozenCache(Section):
+    limit_mib: Annotated[int, Field(ge=0)] = 4096
+    """With frozen_layers: memory of each process, in MiB, for what the frozen layers made of an iteration's rows, which is then
+    computed once for all roles and epochs; what does not fit is computed again each time. 0: nothing is kept."""
+    dtype: Literal["same", "bf16"] = "same"
+    """bf16: half the memory; the layers above then get activations rounded to it, from the first time on."""
+    place: Literal["device", "host"] = "device"
+    """host: in the host's memory, copied to the device for each use."""
+
+
 class Checkpoint(Section):
     every: Annotated[int, Field(ge=0)] = 100
     """Steps (PPO: iterations) between training checkpoints; 0: only when a signal stops the run."""

@@ -1,41 +1,117 @@
-"""Token ids of several rows into the tensors of one forward pass.
+"""Rows of tokens into the input of one forward pass: one after the other in one sequence, without pads.
 
-Masks come from lengths, never from comparing ids with the pad id: pad may equal EOS. Pads are at the right in SFT and RM, so
-a causal model never sees them; prompts of a rollout are padded at the left, where the mask and the position ids hide them.
+A pad costs as much as a token in every matrix product, so there are none; rows are kept apart by their lengths, which is
+what attention goes by. Rows that begin with the same prompt may share it: its tokens then stand in the sequence once, and
+each reply attends to the prompt and to itself. What a model needs that cannot do this is the model's affair (models/trunk.py).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.data.examples import PairExample, SftExample
-from rlhf.functional.masked import position_ids
-from rlhf.functional.sft import IGNORED
+
+
+class Row(NamedTuple):
+    prompt: list[int]
+    reply: list[int]
+    read: Sequence[int]
+    """Places in prompt + reply that the heads read, from 0."""
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of the sequence: a whole row, a prompt that several rows begin with, or the rest of such a row."""
+
+    start: int
+    length: int
+    parent: int | None = None
+    """Number of the segment that it continues."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B rows of L positions, the one input of a model's forward."""
+    """Rows as one sequence of S tokens, the one input of a model's forward; heads read it at K places, row by row."""
 
-    input_ids: Tensor
-    """(B, L)"""
-    attention_mask: Tensor | None
-    """(B, L), 1 at real tokens; None: rows are packed, and a position id that does not grow by one starts the next."""
+    ids: Tensor
+    """(S,)"""
     position_ids: Tensor
-    """(B, L), from 0 at the first real token"""
-    keep: int = 0
-    """Heads are applied to the last `keep` positions only; 0: to all."""
+    """(S,), from 0 at the first token of a row"""
+    read: Tensor
+    """(K,) places in the sequence"""
+    targets: Tensor
+    """(K,) the tokens after them, whose log-probabilities an LM head gives; 0 after the last token of a row"""
+    segments: tuple[Segment, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """Of each segment its own tokens: on the host, whatever device `ids` are on."""
 
     def to(self, device: torch.device) -> TokenBatch:
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return replace(
-            self, input_ids=self.input_ids.to(device), attention_mask=mask, position_ids=self.position_ids.to(device)
-        )
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+def token_batch(rows: Iterable[Row], share_prompts: bool = True) -> TokenBatch:
+    """The rows in their order; a prompt stands before the first row that begins with it."""
+    rows = list(rows)
+    asked = Counter(tuple(row.prompt) for row in rows if row.prompt and row.reply and share_prompts)
+    ids: list[int] = []
+    positions: list[int] = []
+    read: list[int] = []
+    targets: list[int] = []
+    segments: list[Segment] = []
+    prompts: dict[tuple[int, ...], int] = {}
+
+    def add(tokens: Sequence[int], parent: int | None = None) -> int:
+        """The number of a new segment."""
+        first = 0 if parent is None else segments[parent].length
+        segments.append(Segment(len(ids), len(tokens), parent))
+        ids.extend(tokens)
+        positions.extend(range(first, first + len(tokens)))
+        return len(segments) - 1
+
+    for prompt, reply, places in rows:
+        shared = asked[tuple(prompt)] > 1 and bool(reply)
+        if shared and tuple(prompt) not in prompts:
+            prompts[tuple(prompt)] = add(prompt)
+        begins = segments[prompts[tuple(prompt)]].start if shared else len(ids)
+        continues = len(ids) if shared else begins + len(prompt)
+        add(reply, prompts[tuple(prompt)]) if shared else add([*prompt, *reply])
+        whole = [*prompt, *reply, 0]
+        for place in places:
+            read.append(begins + place if place < len(prompt) else continues + place - len(prompt))
+            targets.append(whole[place + 1])
+    flat = (torch.tensor(values, dtype=torch.long) for values in (ids, positions, read, targets))
+    return TokenBatch(*flat, tuple(segments), tuple(tuple(ids[start : start + length]) for start, length, _ in segments))
+
+
+def reply_row(prompt: list[int], reply: list[int]) -> Row:
+    """Read where each token of the reply is predicted."""
+    return Row(prompt, reply, range(len(prompt) - 1, len(prompt) + len(reply) - 1))
+
+
+def last_row(prompt: list[int], reply: list[int]) -> Row:
+    """Read at its last token."""
+    return Row(prompt, reply, [len(prompt) + len(reply) - 1])
+
+
+def sft_batch(examples: Iterable[SftExample]) -> TokenBatch:
+    """Read where a trained token is predicted; the first of a row is predicted by nothing."""
+    return token_batch(Row([], example.ids, trained_places(example)) for example in examples)
+
+
+def trained_places(example: SftExample) -> list[int]:
+    return [place - 1 for place, trained in enumerate(example.trained) if trained and place > 0]
+
+
+def pair_batch(pairs: Sequence[PairExample]) -> TokenBatch:
+    """Both sides of every pair, read at their last tokens: the chosen reply first, then the rejected one."""
+    return token_batch(last_row(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -48,31 +124,6 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[
         ids[index, where] = torch.tensor(row, dtype=torch.long)
         mask[index, where] = 1
     return ids, mask
-
-
-def token_batch(input_ids: Tensor, mask: Tensor, keep: int = 0) -> TokenBatch:
-    return TokenBatch(input_ids, mask, position_ids(mask), keep)
-
-
-def sft_batch(examples: Sequence[SftExample], pad_id: int) -> tuple[TokenBatch, Tensor]:
-    """(batch, labels (B, L)); one example a row."""
-    ids, mask = pad([example.ids for example in examples], pad_id)
-    return token_batch(ids, mask), _labels(ids, [example.trained for example in examples])
-
-
-def packed_batch(packs: Sequence[Sequence[SftExample]], pad_id: int) -> tuple[TokenBatch, Tensor]:
-    """(batch, labels); each row holds several examples that do not see each other.
-
-    The model tells them apart by position ids that start again; a pad is an example of its own, one token long. The first
-    token of an example has no label: nothing before it may predict it.
-    """
-    ids, _ = pad([[i for example in pack for i in example.ids] for pack in packs], pad_id)
-    positions = torch.zeros_like(ids)
-    for row, pack in enumerate(packs):
-        joined = torch.cat([torch.arange(len(example)) for example in pack])
-        positions[row, : len(joined)] = joined
-    trained = [[t and i > 0 for example in pack for i, t in enumerate(example.trained)] for pack in packs]
-    return TokenBatch(ids, None, positions), _labels(ids, trained)
 
 
 def pack(examples: Sequence[SftExample], length: int) -> list[list[SftExample]]:
@@ -90,14 +141,3 @@ def pack(examples: Sequence[SftExample], length: int) -> list[list[SftExample]]:
         if free > len(example):
             insort(open_packs, (free - len(example), index))
     return packs
-
-
-def pair_batch(pairs: Sequence[PairExample], pad_id: int) -> TokenBatch:
-    """Both sides in one batch: the chosen replies in the first half of the rows, the rejected in the second."""
-    rows = [pair.prompt + pair.chosen for pair in pairs] + [pair.prompt + pair.rejected for pair in pairs]
-    return token_batch(*pad(rows, pad_id))
-
-
-def _labels(ids: Tensor, trained: Sequence[Sequence[bool]]) -> Tensor:
-    flags, _ = pad(trained, 0)
-    return torch.where(flags.bool(), ids, torch.full_like(ids, IGNORED))

@@ -7,6 +7,8 @@ under one policy and not under the other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,24 +16,36 @@ from torch import Tensor
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Logits over temperature in float32 or wider: bfloat16 has 8 significant bits, too few for a ratio near 1."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
-def token_logprobs(
-    logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"], temperature: float = 1.0
-) -> Float[Tensor, "B T"]:
-    """log softmax(logits / temperature) at each token; the logits at t are those that predict the token at t.
+def token_logprobs(logits: Float[Tensor, "*P V"], tokens: Int[Tensor, "*P"], temperature: float = 1.0) -> Float[Tensor, "*P"]:
+    """log softmax(logits / temperature) at each token; the logits are those that predict it.
 
     The result is float32, or float64 for float64 logits. The temperature must be above 0.
     """
+    return _TokenLogprobs.apply(logits, tokens, temperature)  # pyright: ignore[reportReturnType]
 
-    def one_row(logits: Tensor, tokens: Tensor) -> Tensor:
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps the logits and one number a place; autograd would keep, and write, several tensors as large as the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         scaled = _scaled(logits, temperature)
-        chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return chosen - scaled.logsumexp(dim=-1)
+        total = scaled.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, tokens, total)
+        ctx.temperature = temperature
+        return (scaled.gather(-1, tokens[..., None]) - total).squeeze(-1)
 
-    # Row by row, since the temporaries are as large as the logits: with V = 150 000 they decide the peak of memory.
-    return torch.stack([one_row(*row) for row in zip(logits, tokens, strict=True)])
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """d log p / d logits = (1 at the token - p) / temperature."""
+        logits, tokens, total = ctx.saved_tensors
+        gradient = upstream[0][..., None] / ctx.temperature
+        found = (_scaled(logits, ctx.temperature) - total).exp_().mul_(-gradient)
+        return found.scatter_add_(-1, tokens[..., None], gradient.to(found.dtype)).to(logits.dtype), None, None
 
 
 def entropy(logits: Float[Tensor, "B T V"], temperature: float = 1.0) -> Float[Tensor, "B T"]:

@@ -9,21 +9,24 @@ has the frozen roles in it too.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.data.collate import TokenBatch
+from rlhf.models.frozen import FrozenLower
 from rlhf.models.heads import HEAD
+from rlhf.models.trunk import Trunk
 
 
 class Output(NamedTuple):
-    """B rows; K positions, the last `batch.keep` or all L."""
+    """At the K places a batch is read at."""
 
-    logits: Tensor | None
-    """(B, K, V) of the actor's LM head"""
+    logprobs: Tensor | None
+    """(K,) of the batch's targets under the actor, float32 or float64"""
     values: Tensor | None
-    """(B, K) of the critic's scalar head, of its own dtype"""
+    """(K,) of the critic's scalar head, of its own dtype"""
 
 
 class ActorCritic(nn.Module):
@@ -37,18 +40,21 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.actor, self.critic, self.value_head = actor, critic, value_head
+        self.lower: dict[str, FrozenLower] = {}
+        """By role: the frozen layers it has in common with other roles."""
 
-    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = ("actor", "critic")) -> Output:
+    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = ("actor", "critic"), temperature: float = 1.0) -> Output:
         """Runs the roles asked for (and present); dropout is off, so training mode changes nothing but checkpointing."""
-        logits = values = None
-        if self.value_head is not None:
-            logits, values = self._shared(batch)
-        else:
-            if "actor" in roles and self.actor is not None:
-                logits = actor_logits(self.actor, batch)
-            if "critic" in roles and self.critic is not None:
-                values = scalar_values(self.critic, batch)
-        return Output(logits, values)
+        logprobs = values = None
+        if self.actor is not None and ("actor" in roles or self.value_head is not None):
+            trunk = Trunk(unwrapped(self.actor), batch, self.lower.get("actor"))
+            logprobs = trunk.logprobs(temperature)
+            if self.value_head is not None:
+                values = self.value_head(trunk.hidden).squeeze(-1)
+        if self.critic is not None and "critic" in roles:
+            critic = unwrapped(self.critic)
+            values = getattr(critic, HEAD)(Trunk(critic, batch, self.lower.get("critic")).hidden).squeeze(-1)
+        return Output(logprobs, values)
 
     def part(self, role: str) -> nn.Module | None:
         """`actor` or `critic` as a model of its own, to be saved or looked into; None where it has no trunk of its own."""
@@ -62,36 +68,11 @@ class ActorCritic(nn.Module):
         """All that the forward of a role reads."""
         return self.state_dict()
 
-    def _shared(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        assert self.actor is not None
-        assert self.value_head is not None
-        output = self.actor(**_inputs(batch), logits_to_keep=batch.keep, output_hidden_states=True)
-        hidden = output.hidden_states[-1][:, -batch.keep :]  # the LM head's own input: after the final norm
-        return output.logits, self.value_head(hidden).squeeze(-1)
-
 
 def role_of(parameter: str) -> str:
     """Whose a parameter of a policy is, by its name: `actor` or `critic` (a shared trunk's value head is the critic's)."""
     parts = parameter.split(".")
     return "actor" if parts[0] == "actor" and "critic" not in parts else "critic"  # adapters share the actor's layers
-
-
-def actor_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """(B, K, V)"""
-    return model(**_inputs(batch), logits_to_keep=batch.keep).logits
-
-
-def scalar_values(model: nn.Module, batch: TokenBatch, head: nn.Module | None = None) -> Tensor:
-    """(B, K): the scalar head at every kept position, not only at the last as transformers' own forward has it.
-
-    Args:
-        head: in place of the model's own.
-    """
-    model = unwrapped(model)
-    read: nn.Module = getattr(model, HEAD) if head is None else head  # pyright: ignore[reportAssignmentType]
-    trunk = getattr(model, model.base_model_prefix)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    hidden = trunk(**_inputs(batch)).last_hidden_state[:, -batch.keep :]
-    return read(hidden).squeeze(-1)
 
 
 def value_head_for(actor: nn.Module) -> nn.Linear:
@@ -102,15 +83,6 @@ def value_head_for(actor: nn.Module) -> nn.Linear:
     return head
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face module inside a PEFT wrapper (its layers carry the adapters), or the module itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # pyright: ignore
-
-
-def _inputs(batch: TokenBatch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }

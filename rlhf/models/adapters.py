@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.data.collate import TokenBatch
-from rlhf.models.actor_critic import ActorCritic, Output, actor_logits, scalar_values
+from rlhf.models.actor_critic import ActorCritic, Output, unwrapped
 from rlhf.models.heads import HEAD
+from rlhf.models.trunk import Trunk
 
 ACTOR, CRITIC, REFERENCE, REWARD = "actor", "critic", "reference", "reward"
 TRAINED = (ACTOR, CRITIC)
@@ -48,16 +49,17 @@ class AdaptedBase(ActorCritic):
                 gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._forward_and_recomputation}
             )
 
-    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = TRAINED) -> Output:
-        """Actor or reference give the logits, critic or reward the values: at most one of each in one call."""
-        logits = values = None
+    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = TRAINED, temperature: float = 1.0) -> Output:
+        """Actor or reference give the log-probabilities, critic or reward the values: at most one of each in one call."""
+        logprobs = values = None
         for role in roles:
             with self.active(role):
+                trunk = Trunk(unwrapped(self.base), batch)
                 if role in self.heads:
-                    values = scalar_values(self.base, batch, self.heads[role])
+                    values = self.heads[role](trunk.hidden).squeeze(-1)
                 else:
-                    logits = actor_logits(self.base, batch)
-        return Output(logits, values)
+                    logprobs = trunk.logprobs(temperature)
+        return Output(logprobs, values)
 
     @property
     def base(self) -> PeftModel:

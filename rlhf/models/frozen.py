@@ -1,10 +1,19 @@
-"""The lower part of a model, its embeddings and lowest layers: frozen, and in memory once for all roles that have the same."""
+"""The lower part of a model, its embeddings and lowest layers: frozen, and in memory once for all roles that have the same.
+
+What it makes of a row is then the same for all of them and in every epoch, so it is computed once an iteration and kept.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.schema import FrozenCache
+from rlhf.data.collate import TokenBatch
 from rlhf.errors import DataError
 
 
@@ -25,6 +34,11 @@ def lower_part(model: nn.Module, count: int) -> dict[str, nn.Module]:
         if isinstance(each, nn.Embedding) and not name.startswith(f"{place}.")
     }
     return embeddings | {f"{place}.{index}": layers[index] for index in range(count)}
+
+
+def lower_layers(model: nn.Module, count: int) -> list[nn.Module]:
+    """The `count` lowest transformer layers."""
+    return [part for part in lower_part(model, count).values() if not isinstance(part, nn.Embedding)]
 
 
 def freeze_lower(model: nn.Module, count: int) -> None:
@@ -49,3 +63,62 @@ def share_lower(model: nn.Module, owner: nn.Module, count: int) -> bool:
 def _equal(one: nn.Module, other: nn.Module) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""(tokens before a segment, its own): on these alone depends what frozen layers make of it."""
+
+
+def forget_rows(model: nn.Module) -> None:
+    """At the start of an iteration: rows that come again were computed among others, which a resumed run does not know."""
+    for part in model.modules():
+        for lower in getattr(part, "lower", {}).values():
+            lower.forget()
+
+
+class FrozenLower:
+    """Frozen layers that roles have in common, with what they made of the rows since `forget`.
+
+    A batch is computed whole, or not at all: if any of its segments is unknown. What was computed for one batch is equal to
+    the bit to computing it again; for a batch of other rows but for what a matrix product's rounding owes to its size.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], cache: FrozenCache) -> None:
+        self.layers, self.cache, self.limit_bytes = layers, cache, cache.limit_mib * 2**20
+        self.kept: dict[Key, Tensor] = {}
+        self.kept_bytes = 0
+        self.dtype: torch.dtype | None = None
+        """Of the activations as they were computed."""
+
+    def forget(self) -> None:
+        self.kept, self.kept_bytes = {}, 0
+
+    @contextmanager
+    def applied(self, batch: TokenBatch) -> Iterator[None]:
+        """Around a pass through a trunk that has the layers: they give what is known of the batch, or it becomes known."""
+        keys = [
+            (() if segment.parent is None else batch.tokens[segment.parent], own)
+            for segment, own in zip(batch.segments, batch.tokens, strict=True)
+        ]
+        with ExitStack() as undo:
+            if all(key in self.kept for key in keys):
+                known = torch.cat([self.kept[key] for key in keys])[None].to(batch.ids.device, self.dtype)
+                for layer in self.layers:
+                    layer.forward = lambda *_, **__: known
+                    undo.callback(delattr, layer, "forward")
+            else:
+                hook = self.layers[-1].register_forward_hook(lambda _, __, output: self._keep(output, keys, batch))
+                undo.callback(hook.remove)
+            yield
+
+    def _keep(self, output: Any, keys: Sequence[Key], batch: TokenBatch) -> Any:
+        """Where less than the activations themselves is kept, that is what the layers above get from the first."""
+        self.dtype = output.dtype
+        rounded = output.to(torch.bfloat16) if self.cache.dtype == "bf16" else output
+        for key, (start, length, _) in zip(keys, batch.segments, strict=True):
+            part = rounded[0, start : start + length].detach()
+            part = part.to("cpu", copy=True) if self.cache.place == "host" else part.clone()
+            if key not in self.kept and self.kept_bytes + part.nbytes <= self.limit_bytes:
+                self.kept[key] = part
+                self.kept_bytes += part.nbytes
+        return rounded.to(output.dtype)

@@ -34,6 +34,7 @@ from rlhf.models import gguf, megatron
 from rlhf.models.heads import HEAD, initialise_head
 from rlhf.models.remote_code import check_remote_code, refused
 from rlhf.models.source import Source, resolve
+from rlhf.models.trunk import attend_by_segments
 
 transformers_logging.set_verbosity_error()  # its load report is replaced by our own, stricter one
 transformers_logging.disable_progress_bar()
@@ -246,6 +247,8 @@ def _finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # the row of pad gets no gradient, and where pad is EOS it is the row of EOS
+    if loading.attention == "sdpa":
+        attend_by_segments(model)
     if loading.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

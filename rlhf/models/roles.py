@@ -11,19 +11,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.config.schema import PpoConfig, RmConfig, SftConfig, Stage
-from rlhf.data.collate import TokenBatch, pad, token_batch
+from rlhf.data.collate import TokenBatch, last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import ConfigError, DataError
 from rlhf.fp8.apply import apply
 from rlhf.fp8.state import calibrating, uncalibrated
-from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.masked import last_index
 from rlhf.models.actor_critic import ActorCritic, unwrapped, value_head_for
-from rlhf.models.frozen import freeze_lower, share_lower
+from rlhf.models.frozen import FrozenLower, freeze_lower, lower_layers, share_lower
 from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
@@ -41,10 +39,9 @@ class Reference:
     role: str = "actor"
 
     @torch.no_grad()
-    def logprobs(self, batch: TokenBatch, tokens: Tensor, temperature: float) -> Tensor:
-        """(B, T) log-probabilities of `tokens`, the last T of each row; `batch.keep` must be T + 1."""
-        logits = self.model(batch, roles=(self.role,)).logits
-        return token_logprobs(logits[:, :-1], tokens, temperature)
+    def logprobs(self, batch: TokenBatch, temperature: float) -> Tensor:
+        """(K,) of the batch's targets."""
+        return self.model(batch, roles=(self.role,), temperature=temperature).logprobs
 
 
 @dataclass
@@ -56,14 +53,8 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
-        """(B,) one score a row."""
-        assert batch.attention_mask is not None
-        return read_last(self.model(batch, roles=(self.role,)).values, batch.attention_mask)
-
-
-def read_last(values: Tensor, mask: Tensor) -> Tensor:
-    """(B,) from (B, L): the value at each row's last real token, found by the mask (pad may equal EOS)."""
-    return values.gather(1, last_index(mask)[:, None]).squeeze(1)
+        """(B,) one score a row of a batch that is read at last tokens."""
+        return self.model(batch, roles=(self.role,)).values
 
 
 @dataclass
@@ -127,7 +118,7 @@ class Roles:
                 continue
             with calibrating(model):
                 for rows in chunks(prompts, size):
-                    batch = token_batch(*pad(rows, self.pad_id, left=True), keep=1)
+                    batch = token_batch(last_row(ids, []) for ids in rows)
                     model(batch.to(next(model.parameters()).device))
 
     @property
@@ -176,21 +167,29 @@ def open_ppo(config: PpoConfig) -> Roles:
     for frozen in roles.frozen:
         _require_rows(frozen, roles.tokenizer)  # pyright: ignore[reportArgumentType]
     if config.frozen_layers:
-        roles.notes.append(_share_frozen_layers(roles, config.frozen_layers))
+        roles.notes.append(_share_frozen_layers(roles, config))
     return roles
 
 
-def _share_frozen_layers(roles: Roles, count: int) -> str:
+def _share_frozen_layers(roles: Roles, config: PpoConfig) -> str:
     """One lower part for the actor and all who have the same; returns who has it, in words."""
-    shared, own = ["actor"], []
+    count, shared, own = config.frozen_layers, ["actor"], []
+    lower = FrozenLower(lower_layers(roles.actor, count), config.frozen_cache)
+    roles.policy.lower["actor"] = lower
     others = {
-        "reference": roles.reference and roles.reference.model.actor,
-        "critic": roles.policy.critic,
-        "reward model": roles.reward and roles.reward.model.critic,
+        "reference": (roles.reference and roles.reference.model, "actor"),
+        "critic": (roles.policy, "critic"),
+        "reward model": (roles.reward and roles.reward.model, "critic"),
     }
-    for name, model in others.items():
-        if isinstance(model, nn.Module):
-            (shared if share_lower(model, roles.actor, count) else own).append(name)
+    for name, (model, role) in others.items():
+        part = model and getattr(model, role)
+        if not isinstance(part, nn.Module):
+            continue
+        if share_lower(part, roles.actor, count):
+            shared.append(name)
+            model.lower[role] = lower
+        else:
+            own.append(name)
     apart = f"; other weights, so a copy of their own: {', '.join(own)}" if own else ""
     return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}"
 
@@ -281,7 +280,7 @@ def _require_rows(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase) -> No
     """Raises DataError where a token has no row in the embedding of a model that is given its ids."""
     highest = max(tokenizer.get_vocab().values())
     for part in filter(None, (policy.actor, policy.critic)):
-        model: PreTrainedModel = unwrapped(part)  # pyright: ignore[reportAssignmentType]
+        model = unwrapped(part)
         rows: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
         if highest >= rows:
             raise DataError(

@@ -1,7 +1,7 @@
 """What an iteration of PPO learns from: replies, what the policies thought of them, and what they were worth.
 
-Shapes: B replies, T tokens of the longest reply. Replies are right-padded; `mask` marks their real tokens. Prompts stay ragged,
-so that every micro-batch is cut to its own longest prompt and reply.
+Shapes: B replies, T tokens of the longest reply. What is known of replies is right-padded, for the formulas, and `mask`
+marks their real tokens; what a model is given has no pads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf.data.collate import TokenBatch, pad, token_batch
+from rlhf.data.collate import TokenBatch, pad, reply_row, token_batch
 from rlhf.rollout.engines import Samples
 
 
@@ -57,24 +57,23 @@ class Experience:
                 changes[field.name] = value[index, :longest] if value.ndim == 2 else value[index]
         return replace(self, prompts=[self.prompts[i] for i in index.tolist()], **changes)
 
-    def batch(self, pad_id: int) -> TokenBatch:
-        """Prompts padded at the left, replies at the right; heads run where a reply's tokens are predicted."""
-        return reply_batch(self.prompts, self.tokens, self.mask, pad_id)
+    def batch(self) -> TokenBatch:
+        """Read where a reply's tokens are predicted."""
+        return token_batch(reply_row(prompt, reply) for prompt, reply in zip(self.prompts, self.replies, strict=True))
+
+    @property
+    def replies(self) -> list[list[int]]:
+        """Token ids, no pads."""
+        return [tokens[:length] for tokens, length in zip(self.tokens.tolist(), self.mask.sum(1).tolist(), strict=True)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, T) from one number for each token of `batch`, 0 where no token is."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask.bool(), values)
 
     def to(self, device: torch.device) -> Experience:
         """The same on a device; prompts stay where they are."""
         tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
-
-    def masked(self) -> Experience:
-        """The same shapes with no token that counts: what a rank computes when others have more rows."""
-        return replace(self, mask=torch.zeros_like(self.mask))
-
-
-def reply_batch(prompts: Sequence[list[int]], tokens: Tensor, mask: Tensor, pad_id: int) -> TokenBatch:
-    prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
-    # The position before a reply's first token predicts it, hence one more position than tokens.
-    return token_batch(torch.cat([prompt_ids, tokens], 1), torch.cat([prompt_mask, mask], 1), keep=tokens.shape[1] + 1)
 
 
 def reply_tensors(samples: Samples, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.schema import Reward, is_service
+from rlhf.data.collate import last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.errors import DataError
 from rlhf.models.roles import RewardModel
 from rlhf.rollout.engines import Samples
-from rlhf.rollout.experience import reply_batch, reply_tensors
 from rlhf.rollout.functions import FunctionProcess
 from rlhf.rollout.services import RewardService
 
@@ -63,26 +62,23 @@ def open_reward(
     if reader is not None:
         return TextReward(reader, tokenizer)
     if model is not None:
-        return ModelReward(model, int(tokenizer.pad_token_id), micro_batch_size, most)  # pyright: ignore[reportArgumentType]
+        return ModelReward(model, micro_batch_size, most)
     return CountReward(source.removeprefix("count:"), tokenizer)
 
 
 class ModelReward:
-    def __init__(self, model: RewardModel, pad_id: int, micro_batch_size: int, most: Callable[[int], int]) -> None:
-        self.model, self.pad_id, self.micro_batch_size, self.most = model, pad_id, micro_batch_size, most
+    def __init__(self, model: RewardModel, micro_batch_size: int, most: Callable[[int], int]) -> None:
+        self.model, self.micro_batch_size, self.most = model, micro_batch_size, most
 
     def __call__(self, samples: Samples, texts: Sequence[str]) -> Tensor:
         """Rows of like length are scored together."""
         order = sorted(range(len(samples)), key=lambda row: len(samples.prompts[row]) + len(samples.responses[row]))
-        tokens, mask, _ = reply_tensors(samples, self.pad_id)
         device = next(self.model.model.parameters()).device
         scores = torch.zeros(len(samples))
         micro_batches = list(chunks(order, self.micro_batch_size))
         for number in range(self.most(len(micro_batches))):
             rows = micro_batches[min(number, len(micro_batches) - 1)]  # the last once more, to keep ranks in step
-            longest = max(len(samples.responses[row]) for row in rows)
-            prompts = [samples.prompts[row] for row in rows]
-            batch = replace(reply_batch(prompts, tokens[rows, :longest], mask[rows, :longest], self.pad_id), keep=0)
+            batch = token_batch(last_row(samples.prompts[row], samples.responses[row]) for row in rows)
             scores[rows] = self.model.scores(batch.to(device)).float().cpu()
         return scores
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.masked import zero_outside
 from rlhf.models.roles import Reference
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience, reply_tensors
@@ -47,16 +45,16 @@ def score(
     )
     for rows, weight in micro_batches:
         part = experience.rows(rows)
-        batch, target, real = part.batch(pad_id).to(device), part.tokens.to(device), part.mask.to(device)
-        output = policy(batch)
-        thought = None if reference is None else reference.logprobs(batch, target, temperature)
+        batch = part.batch().to(device)
+        output = policy(batch, temperature=temperature)
+        thought = None if reference is None else reference.logprobs(batch, temperature)
         if not weight:
             continue
-        _put(experience.logprobs, rows, zero_outside(token_logprobs(output.logits[:, :-1], target, temperature), real))
-        _put(experience.values, rows, zero_outside(output.values[:, :-1], real))
+        _put(experience.logprobs, rows, part.spread(output.logprobs.cpu()))
+        _put(experience.values, rows, part.spread(output.values.cpu()))
         if thought is not None:
             assert experience.reference_logprobs is not None
-            _put(experience.reference_logprobs, rows, zero_outside(thought, real))
+            _put(experience.reference_logprobs, rows, part.spread(thought.cpu()))
     return experience
 
 
@@ -66,4 +64,4 @@ def _blank(policy: nn.Module, mask: Tensor) -> Tensor:
 
 
 def _put(whole: Tensor, rows: Sequence[int], part: Tensor) -> None:
-    whole[torch.tensor(list(rows)), : part.shape[1]] = part.to(whole.device, whole.dtype)
+    whole[torch.tensor(list(rows)), : part.shape[1]] = part.to(whole.dtype)

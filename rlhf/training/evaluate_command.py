@@ -17,12 +17,10 @@ from rlhf.data.examples import PairExample, SftExample, pair_examples, sft_examp
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError
-from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
-from rlhf.functional.sft import IGNORED
 from rlhf.models.load import is_scalar
 from rlhf.models.precision import FP8, computing_in, precisions
-from rlhf.models.roles import Roles, open_policy, open_reward_model, read_last
+from rlhf.models.roles import Roles, open_policy, open_reward_model
 from rlhf.report.console import Console
 
 
@@ -99,14 +97,8 @@ def _policy(config: EvalConfig, console: Console) -> Subject:
 
 def logprobs(roles: Roles, rows: Sequence[SftExample], batch_size: int) -> Tensor:
     """(tokens,) in float64: of every trained token, but for the first of a row, which nothing predicts."""
-    found = []
-    for part in chunks(rows, batch_size):
-        batch, labels = sft_batch(part, roles.pad_id)
-        logits = roles.policy(batch.to(roles.device), roles=("actor",)).logits
-        targets = labels[:, 1:].to(roles.device)
-        trained = targets != IGNORED
-        found.append(token_logprobs(logits[:, :-1], torch.where(trained, targets, 0))[trained].double().cpu())
-    return torch.cat(found)
+    batches = (sft_batch(part).to(roles.device) for part in chunks(rows, batch_size))
+    return torch.cat([roles.policy(batch, roles=("actor",)).logprobs.double().cpu() for batch in batches])
 
 
 def policy_figures(logprobs: Tensor) -> dict[str, float]:
@@ -132,12 +124,8 @@ def _reward_model(config: EvalConfig, console: Console) -> Subject:
 
 def scores(roles: Roles, pairs: Sequence[PairExample], batch_size: int) -> Tensor:
     """(2, pairs) in float64: of the chosen replies, and of the rejected ones."""
-    found = []
-    for part in chunks(pairs, batch_size):
-        batch = pair_batch(part, roles.pad_id).to(roles.device)
-        assert batch.attention_mask is not None
-        found.append(read_last(roles.policy(batch, roles=("critic",)).values, batch.attention_mask).view(2, -1).double().cpu())
-    return torch.cat(found, 1)
+    batches = (pair_batch(part).to(roles.device) for part in chunks(pairs, batch_size))
+    return torch.cat([roles.policy(batch, roles=("critic",)).values.double().cpu() for batch in batches]).view(-1, 2).T
 
 
 def pair_figures(scores: Tensor) -> dict[str, float]:

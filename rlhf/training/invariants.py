@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config.schema import PpoConfig
-from rlhf.data.collate import token_batch
+from rlhf.data.collate import Row, token_batch
 from rlhf.errors import CheckFailed
 from rlhf.fp8.recipes import recipe_of
-from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.masked import WHITENING_EPS, Moments
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.rollout.experience import Experience
@@ -110,24 +109,20 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
 
     A recipe that scales all rows together does; that is no failure but a warning, with what was measured.
     """
-    whole = [
-        prompt + tokens[real.bool()].tolist()
-        for prompt, tokens, real in zip(experience.prompts, experience.tokens, experience.mask, strict=True)
-    ]
+    whole = [prompt + reply for prompt, reply in zip(experience.prompts, experience.replies, strict=True)]
     rows = sorted(whole, key=len, reverse=True)[:BATCH_MATES]  # cut to one length, the longest tell most
     length = len(rows[-1])
     if len(rows) < 2 or length < 2:
         return f"fp8.recipe {config.fp8.recipe}: too few tokens to compare replies scored alone and together"
-    ids = torch.tensor([row[:length] for row in rows], device=next(policy.parameters()).device)
-    mask = torch.ones_like(ids)
+    device = next(policy.parameters()).device
 
-    def logprobs(part: slice) -> Tensor:
-        logits = policy(token_batch(ids[part], mask[part]), roles=("actor",)).logits
-        assert logits is not None
-        return token_logprobs(logits[:, :-1], ids[part, 1:], config.rollout.temperature)
+    def logprobs(part: list[list[int]]) -> Tensor:
+        batch = token_batch(Row([], row[:length], range(length - 1)) for row in part).to(device)
+        found = policy(batch, roles=("actor",), temperature=config.rollout.temperature).logprobs
+        assert found is not None
+        return found
 
-    together = logprobs(slice(None))
-    apart = (together - torch.cat([logprobs(slice(row, row + 1)) for row in range(len(rows))])).abs()
+    apart = (logprobs(rows) - torch.cat([logprobs([row]) for row in rows])).abs()
     largest, recipe = apart.max(), config.fp8.recipe
     measured = f"{len(rows)} replies scored alone and together differ by {apart.mean():.1e} nats a token, at most {largest:.1e}"
     if recipe_of(config.fp8).batch_invariant:

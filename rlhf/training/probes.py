@@ -52,10 +52,10 @@ def probe_forward(checks: Checks, policy: ActorCritic, experience: Experience, t
     )
 
 
-def probe_dropout(checks: Checks, policy: nn.Module, experience: Experience, pad_id: int, device: torch.device) -> None:
-    batch = experience.rows(range(min(PROBED_ROWS, len(experience)))).batch(pad_id).to(device)
+def probe_dropout(checks: Checks, policy: nn.Module, experience: Experience, device: torch.device) -> None:
+    batch = experience.rows(range(min(PROBED_ROWS, len(experience)))).batch().to(device)
     with torch.no_grad():
-        first, second = policy(batch).logits, policy(batch).logits
+        first, second = policy(batch).logprobs, policy(batch).logprobs
     difference = (first - second).abs().max()
     checks.expect("dropout", difference == 0, difference, "two forwards of the same batch are equal: dropout is off")
 

@@ -28,6 +28,7 @@ from rlhf.data.templates import tokenizer_digests
 from rlhf.errors import Preempted
 from rlhf.fp8.apply import described
 from rlhf.fp8.state import advance, forget_weights, fp8_layers
+from rlhf.models.frozen import forget_rows
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
@@ -181,6 +182,8 @@ class Training:
         self._reseed(step)
         self._started, self._times, self.stats = time.monotonic(), {}, Stats()
         self.non_finite.begin_step()
+        for model in (self.policy, *self.frozen):
+            forget_rows(model)
         yield step
         self.step_done = step + 1
         if self.non_finite.steps_taken:

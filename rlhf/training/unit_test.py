@@ -92,10 +92,10 @@ def _run(config: PpoConfig, ppo: Ppo, checks: Checks | None, length: int | None 
 
     def probe(own: Checks, train, roles, policy, experience, loss_of) -> None:
         assert checks is not None
-        pad_id, inner = roles.tokenizer.pad_token_id, train.accelerator.unwrap_model(policy)
+        inner = train.accelerator.unwrap_model(policy)
         checks.results = own.results  # one list: what the run checks itself stands in the table too
         probes.probe_forward(checks, inner, experience, config.rollout.temperature)
-        probes.probe_dropout(checks, policy, experience, pad_id, train.device)
+        probes.probe_dropout(checks, policy, experience, train.device)
         probes.probe_credit(checks, experience, config)
         probes.probe_loss(checks, experience, loss_of, inner.parameters())
         for name, role in (("reference", roles.reference), ("reward model", roles.reward)):

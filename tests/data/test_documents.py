@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.config.parse import parse
 from rlhf.config.schema import SftData
-from rlhf.data.collate import pack, packed_batch
+from rlhf.data.collate import pack, sft_batch
 from rlhf.data.examples import SftExample, sft_examples, split
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError
@@ -89,14 +89,14 @@ def test_a_file_of_documents(template, path):
 
 def test_packs_of_rows_carry_each_label_once(template, path):
     found = sft_examples(path, SftData(train=path, json_key="text", max_length=7), template)
-    batch, labels = packed_batch(pack(found.items, 7), PAD)
+    packs = pack(found.items, 7)
+    batch = sft_batch(example for part in packs for example in part)
     expected = sorted(token for document in DOCUMENTS for token in [*document, EOS])
-    assert sorted(labels[labels != -100].tolist()) == expected
-    assert batch.input_ids.shape[1] == 7
+    assert sorted(batch.targets.tolist()) == expected
+    assert all(sum(map(len, part)) <= 7 for part in packs)
     assert sum(sum(example.trained[1:]) for example in found.items) == len(expected)  # what schedule.unit tokens counts
     cut = sft_examples(path, SftData(train=path, json_key="text", max_length=7, too_long="truncate"), template)
-    _, fewer = packed_batch(pack(cut.items, 7), PAD)
-    assert sorted(fewer[fewer != -100].tolist()) != expected
+    assert sorted(sft_batch(cut.items).targets.tolist()) != expected
 
 
 def test_an_eos_within_a_document_ends_nothing(template):

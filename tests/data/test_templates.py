@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rlhf.config.schema import Data, PromptData, SftData
-from rlhf.data.collate import pack, packed_batch, pair_batch, sft_batch
+from rlhf.data.collate import pair_batch, sft_batch
 from rlhf.data.examples import SftExample, pair_examples, prompt_examples, sft_examples
 from rlhf.data.templates import Template, tokenizer_digests
 from rlhf.errors import DataError
-from rlhf.functional.sft import sft_loss
-from rlhf.models.actor_critic import ActorCritic
 
 WORDS = ["<s>", "</s>", "<pad>", "user", "assistant", "system", "hi", "yes", "no", "why", "so", "end"]
 # Like SmolLM2's, it writes something after the EOS of a turn.
@@ -70,9 +67,9 @@ def test_f5_only_replies_and_their_eos_are_trained(tokenizer):
     trained = [s.trained for s in segments for _ in s.ids]
     assert tokens == ids("<s> user hi </s> end assistant yes </s> end user why </s> end assistant so </s>")
     assert [WORDS[t] for t, on in zip(tokens, trained, strict=True) if on] == ["yes", "</s>", "so", "</s>"]
-    batch, labels = sft_batch([SftExample(tokens, trained), SftExample(tokens[:8], trained[:8])], pad_id=2)
-    assert (labels[batch.attention_mask == 0] == -100).all()
-    assert (labels != -100).sum() == 6
+    batch = sft_batch([SftExample(tokens, trained), SftExample(tokens[:8], trained[:8])])
+    assert [WORDS[t] for t in batch.targets] == ["yes", "</s>", "so", "</s>", "yes", "</s>"]
+    assert [WORDS[t] for t in batch.ids[batch.read]] == ["assistant", "yes", "assistant", "so", "assistant", "yes"]
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
@@ -130,39 +127,13 @@ def test_f4_pairs_equal_after_truncation_are_dropped(tokenizer, tmp_path):
     found = pair_examples(path, Data(train=path, max_length=4, too_long="truncate"), template(tokenizer, "plain"))
     assert len(found.items) == 1
     assert any("1 pairs dropped" in note for note in found.notes)
-    batch = pair_batch(found.items, pad_id=2)
-    assert batch.input_ids.tolist() == [ids("<s> hi yes </s>"), ids("<s> hi no </s>")]
+    batch = pair_batch(found.items)
+    assert batch.ids.tolist() == ids("<s> hi yes </s> no </s>")  # the prompt once
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
+    assert batch.read.tolist() == [3, 5]
 
 
 def test_plain_text(tokenizer, tmp_path):
     path = write(tmp_path / "t.jsonl", {"body": "hi yes no"})
     found = sft_examples(path, SftData(train=path, json_key="body"), template(tokenizer, "plain"))
     assert found.items == [SftExample(ids("<s> hi yes no </s>"), [True] * 5)]
-
-
-def test_f5_packed_rows_do_not_see_each_other():
-    """The summed loss of packed rows is that of the rows alone, in float64."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    policy = ActorCritic(actor=LlamaForCausalLM(config).double().eval())
-    examples = [SftExample([0, 6, 7, 8, 1], [False, False, True, True, True]), SftExample([0, 9, 1], [True] * 3)]
-    examples += [SftExample([0, 10, 6, 1], [False, True, True, True])]
-
-    def loss(batch, labels) -> float:
-        total, count = sft_loss(policy(batch, roles=("actor",)).logits, labels)
-        assert int(count) == 3 + 2 + 3
-        return total.item()
-
-    packs = pack(examples, 9)
-    assert sorted(sum(map(len, row)) for row in packs) == [4, 8] or sorted(sum(map(len, row)) for row in packs) == [3, 9]
-    assert loss(*packed_batch(packs, 2)) == pytest.approx(loss(*sft_batch(examples, 2)), abs=1e-10)
-    joined = [
-        SftExample([i for e in row for i in e.ids], [t and i > 0 for e in row for i, t in enumerate(e.trained)])
-        for row in packs
-    ]
-    assert loss(*sft_batch(joined, 2)) != pytest.approx(
-        loss(*packed_batch(packs, 2)), abs=1e-4
-    )  # what crossing rows would give

@@ -121,7 +121,7 @@ def test_other_errors_are_what_they_are():
     assert str(OutOfMemory.behind(MemoryError(), "buy more")) == "out of memory: the machine has no more\nbuy more"
 
 
-@pytest.mark.parametrize(("function", "advice"), [("token_logprobs", "lower batch_size"), ("open_policy", "close other")])
+@pytest.mark.parametrize(("function", "advice"), [("sft_batch", "lower batch_size"), ("open_policy", "close other")])
 def test_a_command_ends_so_too(function, advice, world, tmp_path):
     """2^50 bytes are more than an address space has."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.schema import PpoConfig
-from rlhf.data.collate import TokenBatch, pad, token_batch
+from rlhf.data.collate import TokenBatch, reply_row, token_batch
 from rlhf.errors import DataError
 from rlhf.models.actor_critic import ActorCritic, role_of
 from rlhf.models.load import Loading, load_actor, load_scalar
@@ -81,7 +81,7 @@ def opened(
 
 
 def batch() -> TokenBatch:
-    return token_batch(*pad([[2, 3, 4, 5, 6], [7, 8, 9], [3, 3, 9, 2]], 0, left=True), keep=3)
+    return token_batch([reply_row([2, 3, 4], [5, 6]), reply_row([7], [8, 9]), reply_row([3, 3], [9, 2])])
 
 
 def plain(sources: Path, adapter: str, scalar: bool) -> torch.nn.Module:
@@ -92,9 +92,9 @@ def plain(sources: Path, adapter: str, scalar: bool) -> torch.nn.Module:
 
 
 def loss(policy: ActorCritic, weights: Tensor) -> Tensor:
-    """Of logits and values together, in one graph, so that both roles are walked back at once."""
+    """Of log-probabilities and values together, in one graph, so that both roles are walked back at once."""
     output = policy(batch())
-    return (output.logits.log_softmax(-1) * weights[..., None]).square().sum() + (output.values - weights).square().sum()
+    return (output.logprobs * weights).square().sum() + (output.values - weights).square().sum()
 
 
 def gradients(policy: ActorCritic) -> dict[tuple[str, ...], Tensor]:
@@ -116,11 +116,11 @@ def test_one_base_is_bases_of_their_own(kind, checkpointing, sources):
     roles = opened(sources, f"{kind}sft", f"{kind}rm", gradient_checkpointing=checkpointing)
     separate = ActorCritic(plain(sources, f"{kind}sft", False), plain(sources, f"{kind}rm", True))
     ours, theirs = roles.policy(batch()), separate(batch())
-    assert torch.allclose(ours.logits, theirs.logits, rtol=0, atol=1e-12)
+    assert torch.allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-12)
     assert torch.allclose(ours.values, theirs.values, rtol=0, atol=1e-12)
-    assert torch.equal(roles.policy(batch(), roles=("reference",)).logits, ours.logits)
+    assert torch.equal(roles.policy(batch(), roles=("reference",)).logprobs, ours.logprobs)
     assert torch.allclose(roles.policy(batch(), roles=("reward",)).values, ours.values, rtol=0, atol=1e-12)
-    weights = torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3)
+    weights = torch.linspace(-1, 1, 6, dtype=torch.float64)
     for policy in (roles.policy, separate):
         loss(policy, weights).backward()
     expected, found = gradients(separate), gradients(roles.policy)
@@ -147,20 +147,22 @@ def test_the_reference_is_the_actor_to_the_bit(actor, precision, targets, source
     for dora in (False, True):
         policy = opened(sources, actor, dora=dora, targets=targets, precision=precision, critic="zero").policy.train()
         output = policy(batch())
-        assert torch.equal(output.logits, policy(batch(), roles=("reference",)).logits)
+        assert torch.equal(output.logprobs, policy(batch(), roles=("reference",)).logprobs)
         assert not output.values.any()
 
 
 @torch.no_grad()
 def test_outside_of_a_forward_the_actor_is_active(sources):
     policy = opened(sources).policy
-    expected = policy(batch(), roles=("actor",)).logits
+    expected = policy(batch(), roles=("actor",)).logprobs
     policy(batch(), roles=("reward",))
-    inputs = batch()
-    direct = policy.actor(inputs.input_ids, attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
-    assert torch.equal(direct.logits[:, -3:], expected)
     plain_base = AutoModelForCausalLM.from_pretrained(sources / "llama", dtype=torch.float64)
-    assert not torch.allclose(plain_base(inputs.input_ids, attention_mask=inputs.attention_mask).logits[:, -3:], expected)
+    direct, other = (
+        model(torch.tensor([[2, 3, 4, 5, 6]])).logits[0, 2:4].log_softmax(-1)[[0, 1], [5, 6]]
+        for model in (policy.actor, plain_base)
+    )
+    assert torch.allclose(direct, expected[:2], rtol=0, atol=1e-12)
+    assert not torch.allclose(other, expected[:2])
 
 
 @pytest.mark.parametrize("kind", ["", "dora-"])

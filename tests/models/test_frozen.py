@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.config.schema import PpoConfig
-from rlhf.data.collate import pad, token_batch
+from rlhf.data.collate import last_row, reply_row, token_batch
 from rlhf.models.actor_critic import ActorCritic, value_head_for
+from rlhf.models.frozen import forget_rows
 from rlhf.models.load import Loading, load_actor, load_scalar
 from rlhf.models.lora import add_lora, folded_weights
 from rlhf.models.roles import Roles, open_ppo
@@ -41,17 +41,19 @@ def sources(tmp_path_factory) -> Path:
     return directory
 
 
-def opened(sources: Path, frozen_layers: int, reward: str = "rm", critic: str | None = None, mode: str = "separate") -> Roles:
+def opened(
+    sources: Path, frozen_layers: int, reward: str = "rm", critic: str | None = None, mode: str = "separate", **more: object
+) -> Roles:
     config = {
         "output": "none", "precision": "fp64", "frozen_layers": frozen_layers, "data": {"train": "none"},
         "roles": {"actor": str(sources / "llama"), "critic": critic, "mode": mode},
-        "reward": {"source": str(sources / reward)},
+        "reward": {"source": str(sources / reward)}, **more,
     }  # fmt: skip
     return open_ppo(PpoConfig.model_validate(config))
 
 
 def batch():
-    return token_batch(*pad([[2, 3, 4, 5, 6], [7, 8, 9], [3, 3, 9, 2]], 0, left=True), keep=3)
+    return token_batch([reply_row([2, 3, 4], [5, 6]), reply_row([7], [8, 9]), reply_row([3, 3], [9, 2])])
 
 
 def places(model: nn.Module) -> dict[str, int]:
@@ -99,14 +101,14 @@ def test_frozen_layers_compute_what_copies_do(sources):
     before = {name: tensor.clone() for name, tensor in before.items()}
     for roles in (one, copies):
         output = roles.policy(batch())
-        (output.logits.log_softmax(-1).square().sum() + output.values.square().sum()).backward()
+        (output.logprobs.square().sum() + output.values.square().sum()).backward()
     expected = dict(copies.policy.named_parameters())
     for name, weight in one.policy.named_parameters():
         if weight.requires_grad:
             assert torch.allclose(weight.grad, expected[name].grad, rtol=0, atol=1e-12), name
         else:
             assert weight.grad is None
-    tokens, whole = batch().input_ids[:, -2:], replace(batch(), keep=0)
+    whole = token_batch([last_row([2, 3, 4], [5, 6]), last_row([7], [8, 9])])
     with torch.no_grad():
         for weight in one.policy.parameters():
             if weight.grad is not None:
@@ -114,7 +116,7 @@ def test_frozen_layers_compute_what_copies_do(sources):
     for roles in (one, copies):
         assert roles.reference is not None
         assert roles.reward is not None
-    assert torch.equal(one.reference.logprobs(batch(), tokens, 1.0), copies.reference.logprobs(batch(), tokens, 1.0))  # pyright: ignore
+    assert torch.equal(one.reference.logprobs(batch(), 1.0), copies.reference.logprobs(batch(), 1.0))  # pyright: ignore
     assert torch.equal(one.reward.scores(whole), copies.reward.scores(whole))  # pyright: ignore
     assert all(torch.equal(tensor, before[name]) for name, tensor in of_roles(one)["reference"].state_dict().items())
 
@@ -132,7 +134,7 @@ def test_a_shared_trunk_has_the_gradients_of_two_copies(sources):
     losses = []
     for policy in (ActorCritic(actor=actor, value_head=head), ActorCritic(actor=copy, critic=critic)):
         output = policy(batch())
-        losses.append(output.logits.log_softmax(-1)[..., 3].square().sum() + 0.1 * (output.values - 1).square().sum())
+        losses.append(output.logprobs.square().sum() + 0.1 * (output.values - 1).square().sum())
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
     of_policy, of_values = dict(copy.transformer.named_parameters()), dict(critic.transformer.named_parameters())
@@ -159,3 +161,87 @@ def test_folded_weights_are_what_peft_merges(dora, source, sources):
     assert set(folded) == set(merged)
     assert all(torch.allclose(folded[name], tensor, rtol=0, atol=1e-12) for name, tensor in merged.items())
     assert any(not torch.equal(tensor, load_actor(place, DOUBLE).state_dict()[name]) for name, tensor in merged.items())
+
+
+# ---- what frozen layers made of a row is kept ------------------------------------------------------------------------
+
+
+def calls_of_lower(roles: Roles) -> list[str]:
+    """Grows by a name whenever a frozen layer computes."""
+    found: list[str] = []
+    for number, layer in enumerate(roles.policy.actor.model.layers[:2]):  # pyright: ignore
+        layer.mlp.register_forward_hook(lambda *_, number=number: found.append(f"layer {number}"))  # pyright: ignore
+    return found
+
+
+def forward_and_gradients(roles: Roles) -> list[torch.Tensor]:
+    roles.policy.zero_grad(set_to_none=True)
+    output = roles.policy(batch())
+    (output.logprobs.square().sum() + output.values.square().sum()).backward()
+    return [*output, *(weight.grad for weight in roles.policy.parameters() if weight.grad is not None)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_are_computed_once_for_all_roles(sources, precision, checkpointing):
+    """And to the bit what they are computed to again."""
+    more = {"precision": precision, "gradient_checkpointing": checkpointing}
+    kept, again = opened(sources, 2, **more), opened(sources, 2, frozen_cache={"limit_mib": 0}, **more)
+    computed, computed_again = calls_of_lower(kept), calls_of_lower(again)
+    rows = token_batch([last_row([2, 3, 4], [5, 6]), last_row([7], [8, 9]), last_row([3, 3], [9, 2])])
+    for epoch in range(3):
+        for one, other in zip(forward_and_gradients(kept), forward_and_gradients(again), strict=True):
+            assert torch.equal(one, other), epoch
+        for roles in (kept, again):
+            with torch.no_grad():
+                for weight in roles.policy.parameters():
+                    weight.sub_(weight.grad if weight.grad is not None else 0)
+    for ours, theirs in ((kept.reference, again.reference), (kept.reward, again.reward)):
+        assert ours is not None
+        assert theirs is not None
+    assert torch.equal(kept.reference.logprobs(batch(), 0.7), again.reference.logprobs(batch(), 0.7))  # pyright: ignore
+    assert torch.equal(kept.reward.scores(rows), again.reward.scores(rows))  # pyright: ignore
+    assert computed == ["layer 0", "layer 1"]
+    assert len(computed_again) == 2 * (3 * 2 + 2)
+    forget_rows(kept.policy)
+    kept.policy(batch())
+    assert len(computed) == 4
+
+
+def test_a_role_with_other_weights_computes_its_own(sources):
+    roles, without = (opened(sources, 2, reward="other", frozen_cache={"limit_mib": limit}) for limit in (64, 0))
+    assert set(roles.policy.lower) == {"actor"}
+    for one, other in zip(forward_and_gradients(roles), forward_and_gradients(without), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_shared_prompts_are_kept_too(sources):
+    """A whole row and the rest of a row with the same tokens are two things."""
+    rows = [reply_row([2, 3, 4], [5, 6]), reply_row([2, 3, 4], [8])]
+    roles, without = (opened(sources, 2, frozen_cache={"limit_mib": limit}) for limit in (64, 0))
+    for batch_ in (token_batch(rows), token_batch(rows[:1]), token_batch(rows), token_batch([*rows[1:], *rows[:1]])):
+        for one, other in zip(roles.policy(batch_), without.policy(batch_), strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-12)
+    assert len(roles.policy.lower["actor"].kept) == 3 + 1
+
+
+def test_the_limit_holds(sources):
+    """Rows that have no room are computed again, and nothing else changes."""
+    roles, without = opened(sources, 2), opened(sources, 2, frozen_cache={"limit_mib": 0})
+    lower = roles.policy.lower["actor"]
+    lower.limit_bytes = 5 * 32 * 8  # one row of five tokens in float64
+    computed = calls_of_lower(roles)
+    for _ in range(2):
+        assert all(map(torch.equal, forward_and_gradients(roles), forward_and_gradients(without)))
+    assert (len(lower.kept), lower.kept_bytes) == (1, 5 * 32 * 8)
+    assert len(computed) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("cache", [{"dtype": "bf16"}, {"dtype": "bf16", "place": "host"}])
+def test_rounded_activations_are_so_from_the_first_time_on(sources, cache):
+    roles, exact = opened(sources, 2, precision="fp32", frozen_cache=cache), opened(sources, 2, precision="fp32")
+    first, second = roles.policy(batch()), roles.policy(batch())
+    assert all(map(torch.equal, first, second))  # or PPO's first ratio would not be 1
+    assert {part.dtype for part in roles.policy.lower["actor"].kept.values()} == {torch.bfloat16}
+    difference = (first.logprobs - exact.policy(batch()).logprobs).abs().max()
+    assert 1e-6 < difference < 0.05

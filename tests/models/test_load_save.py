@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf.data.collate import token_batch
+from rlhf.data.collate import last_row, reply_row, token_batch
 from rlhf.errors import DataError
 from rlhf.models.actor_critic import ActorCritic, value_head_for
 from rlhf.models.heads import initialise_head, scalar_head, zero_head
@@ -116,7 +116,7 @@ def test_e10_a_shared_trunk_is_two_copies(tiny, tmp_path):
     assert not head.weight.any()
     nn.init.normal_(head.weight)
     shared = ActorCritic(actor=actor, value_head=head)
-    batch = token_batch(IDS, torch.ones_like(IDS), keep=3)
+    batch = token_batch(reply_row(ids[:1], ids[1:]) for ids in IDS.tolist())
     output = shared(batch)
     critic = critic_of(shared)
     save_model(critic, tmp_path / "critic", load_tokenizer(str(tiny / "llama")))
@@ -124,38 +124,23 @@ def test_e10_a_shared_trunk_is_two_copies(tiny, tmp_path):
         actor=load_actor(str(tiny / "llama"), Loading()), critic=load_scalar(str(tmp_path / "critic"), Loading())
     )
     other = separate(batch)
-    assert torch.equal(output.logits, other.logits)
+    assert torch.equal(output.logprobs, other.logprobs)
     assert torch.allclose(output.values, other.values, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["model", "llama"])
-def test_e1_padding_changes_nothing(name, tiny):
-    """Left pads, right pads and none give the same logits and values (E1); batch mates do not matter (E3)."""
-    policy = ActorCritic(
-        actor=load_actor(str(tiny / name), Loading()), critic=load_scalar(str(tiny / name), Loading(), new_head=True)
-    ).eval()
-    row, mate, pads = [2, 3, 4, 5], [6, 7, 8, 9, 2, 3, 4], [0, 0, 0]
-    alone = policy(token_batch(torch.tensor([row]), torch.ones(1, 4, dtype=torch.long)))
-    left = policy(token_batch(torch.tensor([pads + row, mate]), torch.tensor([[0] * 3 + [1] * 4, [1] * 7])))
-    right = policy(token_batch(torch.tensor([row + pads, mate]), torch.tensor([[1] * 4 + [0] * 3, [1] * 7])))
-    for output, where in ((left, slice(3, 7)), (right, slice(0, 4))):
-        assert torch.allclose(output.logits[0, where], alone.logits[0], atol=1e-5)
-        assert torch.allclose(output.values[0, where], alone.values[0], atol=1e-5)
 
 
 def test_transformers_scores_our_critic_as_we_do(tiny):
     """A plain sequence classification model reads the last token; the pad id is distinct here."""
     from rlhf.models.roles import RewardModel
 
+    rows = [[2, 3, 1], [4, 5, 6, 7, 1], [0, 3, 0]]  # the pad id inside the text decides nothing, nor at its end
     ids, mask = torch.tensor([[2, 3, 1, 0, 0], [4, 5, 6, 7, 1]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     theirs = AutoModelForSequenceClassification.from_pretrained(tiny / "critic", pad_token_id=0).eval()
     expected = theirs(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     ours = RewardModel(ActorCritic(critic=load_scalar(str(tiny / "critic"), Loading())))
-    assert torch.allclose(ours.scores(token_batch(ids, mask)), expected, atol=1e-6)
-    # E2: the pad id inside the text, and EOS as pad: the mask alone decides where the last token is
-    other = torch.tensor([[0, 3, 0, 9, 9]])
-    whole = ours.scores(token_batch(other[:, :3], torch.ones(1, 3, dtype=torch.long)))
-    assert torch.allclose(ours.scores(token_batch(other, torch.tensor([[1, 1, 1, 0, 0]]))), whole, atol=1e-6)
+    scores = ours.scores(token_batch(last_row([], row) for row in rows))
+    assert torch.allclose(scores[:2], expected, atol=1e-6)
+    hidden = getattr(theirs, theirs.base_model_prefix)(torch.tensor([[0, 3, 0]])).last_hidden_state
+    assert torch.allclose(scores[2], theirs.score(hidden)[0, -1, 0], atol=1e-6)
 
 
 def test_an_adapter_on_a_changed_base_is_refused(tiny, tmp_path):

@@ -125,8 +125,8 @@ def second_loss_is_nan(module) -> None:
 
     def loss(*arguments):
         calls.append(1)
-        value, count = plain(*arguments)
-        return (value * float("nan") if len(calls) == 2 else value), count
+        value = plain(*arguments)
+        return value * float("nan") if len(calls) == 2 else value
 
     module.sft_loss = loss
 

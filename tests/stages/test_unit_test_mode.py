@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,15 +41,15 @@ def test_it_passes(tmp_path):
 
 
 def positions_off_by_one(module) -> None:
-    import rlhf.data.collate as collate
+    import rlhf.rollout.experience as experience
 
-    right = collate.position_ids
-    collate.position_ids = lambda mask: right(mask) + 1
+    right = experience.token_batch
+    experience.token_batch = lambda rows: replace(batch := right(rows), position_ids=batch.position_ids + 1)
 
 
 def temperature_missing_in_the_update(module) -> None:
-    right = module.token_logprobs
-    module.token_logprobs = lambda logits, tokens, temperature: right(logits, tokens)
+    right = module.ppo_loss
+    module.ppo_loss = lambda policy, *a, **k: right(lambda batch, temperature: policy(batch), *a, **k)
 
 
 def score_one_index_late(module) -> None:
@@ -83,7 +84,7 @@ def value_index_shifted(module) -> None:
 
         def forward(self, *a, **k):
             output = self.inner(*a, **k)
-            return output._replace(values=torch.roll(output.values, -1, dims=1))
+            return output._replace(values=torch.roll(output.values, -1))
 
     right = module.score
     module.score = lambda samples, texts, places, policy, *more: right(samples, texts, places, Shifted(policy), *more)

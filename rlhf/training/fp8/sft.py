@@ -16,13 +16,9 @@ from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError
-from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.sft import IGNORED, sft_loss
+from rlhf.functional.sft import sft_loss
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.roles import Roles, open_sft
-
-Batch = tuple[TokenBatch, Tensor]
-"""(tokens, labels)"""
 
 
 @dataclass(frozen=True)
@@ -37,36 +33,24 @@ class Subject:
     def policy(self) -> ActorCritic:
         return self.roles.policy
 
-    def batches(self, rows: Sequence[SftExample]) -> list[Batch]:
+    def batches(self, rows: Sequence[SftExample]) -> list[TokenBatch]:
         """Micro-batches on the device; rows of like length share one."""
-        parts = chunks(sorted(rows, key=len), self.config.micro_batch_size)
-        return [(tokens.to(self.device), labels.to(self.device)) for tokens, labels in map(self._collated, parts)]
+        return [sft_batch(part).to(self.device) for part in chunks(sorted(rows, key=len), self.config.micro_batch_size)]
 
-    def logits(self, tokens: TokenBatch) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.policy(tokens, roles=("actor",)).logits
-        assert logits is not None
-        return logits
-
-    def loss(self, batches: Sequence[Batch], backward: bool = True) -> float:
+    def loss(self, batches: Sequence[TokenBatch], backward: bool = True) -> float:
         """Mean over all trained tokens; its gradient is added to the weights'."""
-        count, total = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches), 0.0
-        for tokens, labels in batches:
-            part = sft_loss(self.logits(tokens), labels)[0] / count
+        count, total = sum(len(batch.targets) for batch in batches), 0.0
+        for batch in batches:
+            part = sft_loss(self._logprobs(batch)) / count
             if backward:
                 part.backward()
             total += float(part.detach())
         return total
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[Batch]) -> Tensor:
+    def logprobs(self, batches: Sequence[TokenBatch]) -> Tensor:
         """(N,) of all trained tokens."""
-        found = []
-        for tokens, labels in batches:
-            targets, logits = labels[:, 1:], self.logits(tokens)[:, :-1]
-            trained = targets != IGNORED
-            found.append(token_logprobs(logits, torch.where(trained, targets, 0))[trained])
-        return torch.cat(found)
+        return torch.cat([self._logprobs(batch) for batch in batches])
 
     def gradients(self) -> dict[str, Tensor]:
         """Takes the gradients off the weights."""
@@ -74,8 +58,11 @@ class Subject:
         self.policy.zero_grad(set_to_none=True)
         return taken
 
-    def _collated(self, rows: Sequence[SftExample]) -> Batch:
-        return sft_batch(rows, self.roles.pad_id)
+    def _logprobs(self, batch: TokenBatch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            found = self.policy(batch, roles=("actor",)).logprobs
+        assert found is not None
+        return found
 
 
 def open_subject(config: SftConfig) -> Subject:

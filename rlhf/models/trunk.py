@@ -1,0 +1,187 @@
+"""Through a model's trunk without pads: the hidden states of a TokenBatch, and from them what the heads say.
+
+Linear layers see the rows as one sequence. Attention is the one place where tokens meet, so it alone knows of rows: each
+segment attends to itself and, where it continues a prompt that others share, to that. transformers lets an attention function
+of our own take sdpa's place; models and attention implementations it cannot serve are given rows in the form they want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf.data.collate import Segment, TokenBatch
+from rlhf.functional.logprobs import token_logprobs
+from rlhf.models.frozen import FrozenLower
+
+BY_SEGMENTS = "sdpa_by_segments"
+"""Name of our attention among transformers' implementations."""
+
+PURE_ATTENTION = {"full_attention", "sliding_attention"}
+"""Layer types whose tokens meet in the attention function and nowhere else (not in a convolution, nor in a state)."""
+
+LOGITS_AT_ONCE = 2**26
+"""Elements, 256 MiB in float32. More are computed in parts, and again in the backward pass: they never exist together."""
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: tuple[Segment, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, S, heads, dim) from query (1, heads, S, dim), key and value. Without `segments`, as when sampling, it is sdpa."""
+    if segments is None:
+        if _without_mask.get():
+            raise ValueError(f"{type(module).__name__} was not handed the segments: rows would see each other")
+        window = {} if sliding_window is None else {"sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **window, **kwargs)
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = {segment.length for segment in segments}
+    if len(lengths) == 1 and all(segment.parent is None for segment in segments):
+        rows = [x[0].unflatten(1, (len(segments), -1)).transpose(0, 1) for x in (query, key, value)]
+        return _attend(*rows, scaling, sliding_window).transpose(1, 2).flatten(0, 1)[None], None
+    parts = [x.split([segment.length for segment in segments], 2) for x in (query, key, value)]
+    found = []
+    for number, (own_query, own_key, own_value) in enumerate(zip(*parts, strict=True)):
+        parent = segments[number].parent
+        if parent is not None:
+            own_key, own_value = torch.cat([parts[1][parent], own_key], 2), torch.cat([parts[2][parent], own_value], 2)
+        found.append(_attend(own_query, own_key, own_value, scaling, sliding_window))
+    return torch.cat(found, 2).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Causal, the last query beside the last key."""
+    asking, seen = query.shape[2], key.shape[2]
+    mask = None
+    if asking < seen or (window is not None and window < seen):
+        mask = torch.ones(asking, seen, dtype=torch.bool, device=query.device).tril(seen - asking)
+        if window is not None:
+            mask = mask.triu(seen - asking - window + 1)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
+
+
+_without_mask: ContextVar[bool] = ContextVar("without_mask", default=False)
+"""Whether a TokenBatch is going through a trunk: S x S numbers to say what the segments say would be of no use."""
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _without_mask.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(BY_SEGMENTS, segment_attention)  # pyright: ignore[reportArgumentType]
+AttentionMaskInterface.register(BY_SEGMENTS, _mask)  # pyright: ignore[reportArgumentType]
+
+
+def attend_by_segments(model: PreTrainedModel) -> None:
+    """Puts our attention in place of sdpa, if the model hands all that mixes tokens to the attention function."""
+    config = model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    if model._supports_attention_backend and model._supports_sdpa and not model._is_stateful and types <= PURE_ATTENTION:
+        model.set_attn_implementation(BY_SEGMENTS)
+
+
+class Trunk:
+    """One pass of a batch through a model's trunk; `lower`: its frozen layers, where they are others' too."""
+
+    def __init__(self, model: PreTrainedModel, batch: TokenBatch, lower: FrozenLower | None = None) -> None:
+        self.model, self.batch = model, batch
+        self.trunk: Any = model.get_decoder()
+        attention: Any = model.config._attn_implementation
+        inputs, places = _laid_out(batch, attention)
+        with ExitStack() as around:
+            if attention == BY_SEGMENTS:
+                around.callback(_without_mask.reset, _without_mask.set(True))
+                around.enter_context(lower.applied(batch) if lower is not None else nullcontext())
+            self.output = self.trunk(**inputs, use_cache=False, return_dict=True)
+        hidden: Tensor = self.output.last_hidden_state
+        self.hidden = hidden.flatten(0, 1)[places]
+        """(K, D) what the heads read"""
+
+    def logprobs(self, temperature: float) -> Tensor:
+        """(K,) of the batch's targets under the model's own LM head."""
+        at_once = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        parts = list(zip(self.hidden.split(at_once), self.batch.targets.split(at_once), strict=True))
+        if len(parts) == 1:
+            return self._logprobs(*parts[0], temperature)
+        return torch.cat([checkpoint(self._logprobs, *part, temperature, use_reentrant=False) for part in parts])
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        # The model's own forward from the trunk's end on: what it does to logits after the head (scale, soft cap) is in it.
+        with _standing_in(self.trunk, type(self.output)(**{**self.output, "last_hidden_state": hidden[None]})):
+            logits = self.model(input_ids=targets[None], use_cache=False, return_dict=True).logits
+        return token_logprobs(logits[0], targets, temperature)
+
+
+@contextmanager
+def _standing_in(trunk: nn.Module, output: Any) -> Iterator[None]:
+    """In here the trunk gives this output, whatever it is called with."""
+    calls = []
+    trunk.forward = lambda *_, **__: calls.append(1) or output
+    try:
+        yield
+    finally:
+        del trunk.forward
+    if not calls:
+        raise NotImplementedError(
+            f"the model's forward does not call its {type(trunk).__name__}, so its head cannot be read alone"
+        )
+
+
+def _laid_out(batch: TokenBatch, attention: str) -> tuple[dict[str, Any], Tensor]:
+    """What the trunk is called with, and where in the B x L places of what it returns the heads read."""
+    if attention == BY_SEGMENTS:
+        inputs = {"input_ids": batch.ids[None], "position_ids": batch.position_ids[None], "segments": batch.segments}
+        return inputs, batch.read
+    rows, places = _rows(batch)
+    if attention == "flash_attention_2":  # it finds the rows by position ids that start again
+        ids, positions = torch.cat(rows)[None], torch.cat([torch.arange(len(row), device=row.device) for row in rows])[None]
+        starts = [0, *torch.tensor([len(row) for row in rows]).cumsum(0).tolist()]
+        return {"input_ids": ids, "position_ids": positions}, _flat(places, starts, batch)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = [row * ids.shape[1] for row in range(len(rows))]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, _flat(places, starts, batch)
+
+
+def _rows(batch: TokenBatch) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Every row whole, a shared prompt as often as rows begin with it; and of each segment (a row it is in, where in it)."""
+    parents = {segment.parent for segment in batch.segments}
+    rows, places = [], [(0, 0)] * len(batch.segments)
+    for number, (start, length, parent) in enumerate(batch.segments):
+        if number in parents:
+            continue
+        own = batch.ids[start : start + length]
+        if parent is None:
+            places[number] = len(rows), 0
+            rows.append(own)
+        else:
+            before = batch.segments[parent]
+            places[parent], places[number] = (len(rows), 0), (len(rows), before.length)
+            rows.append(torch.cat([batch.ids[before.start : before.start + before.length], own]))
+    return rows, places
+
+
+def _flat(places: list[tuple[int, int]], starts: list[int], batch: TokenBatch) -> Tensor:
+    where = torch.cat(
+        [torch.arange(segment.length) + starts[row] + at for segment, (row, at) in zip(batch.segments, places, strict=True)]
+    )
+    return where.to(batch.read.device)[batch.read]
