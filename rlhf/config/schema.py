@@ -83,6 +83,9 @@ class Stage(Section):
     """Recompute activations in the backward pass: less memory, about a third more work."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of the trunk."""
+    compile: bool = False
+    """Compile the transformer layers (torch.compile): up to minutes at the start, then faster steps. On a CPU it needs a C++
+    compiler."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each process; 0: OMP_NUM_THREADS where it is set, else the cores shared out evenly."""
     trust_remote_code: bool = False
@@ -103,6 +106,12 @@ class Stage(Section):
     def _precise_or_fast(self) -> Stage:
         if self.fp8.recipe != "none" and self.precision == "fp64":
             raise ValueError("fp8.recipe must be `none` with precision `fp64`: that is for tests of equality")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_compiled(self) -> Stage:
+        if self.compile and self.fp8.recipe != "none":
+            raise ValueError("compile must be false with fp8.recipe other than `none`: its layers are not for the compiler")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
 from rlhf.models.source import resolve
+from rlhf.models.trunk import compile_layers
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 """Dtype of the weights by `precision`; bf16 computes under autocast over fp32 master weights."""
@@ -144,7 +145,7 @@ def open_ppo(config: PpoConfig) -> Roles:
         from rlhf.models.adapter_sources import open_adapters  # imports peft
 
         policy = open_adapters(config, loading, reward_source)
-        _with_fp8(policy.base, config)
+        _as_it_computes(policy.base, config)
         roles = _roles_of_ppo(config, policy)
         roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
         roles.reward = RewardModel(policy, "reward") if reward_source else None
@@ -156,14 +157,14 @@ def open_ppo(config: PpoConfig) -> Roles:
         policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
     roles = _roles_of_ppo(config, policy)
     if config.kl.coef > 0:
-        reference = freeze(ActorCritic(actor=_with_fp8(load_actor(source.reference or source.actor, loading), config)))
+        reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
         # equal to the actor to the bit if its weights say the same; no optimizer has them and no forward records them.
         reference.requires_grad_(config.lora.rank == 0)
         roles.reference = Reference(reference)
     if reward_source is not None:
         reward = load_scalar(reward_source, replace(loading, nf4=False))
-        roles.reward = RewardModel(freeze(ActorCritic(critic=_with_fp8(reward, config))))
+        roles.reward = RewardModel(freeze(ActorCritic(critic=_as_it_computes(reward, config))))
     for frozen in roles.frozen:
         _require_rows(frozen, roles.tokenizer)  # pyright: ignore[reportArgumentType]
     if config.frozen_layers:
@@ -241,12 +242,15 @@ def _open_critic(config: PpoConfig, source: str, loading: Loading) -> nn.Module:
 def _with_layers(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.Module:
     """A model that is trained: with adapters where the config has them, its linear layers (or its adapters' base) in FP8."""
     freeze_lower(model, config.frozen_layers)
-    return _with_fp8(_with_lora(model, spec, config, scalar), config)
+    return _as_it_computes(_with_lora(model, spec, config, scalar), config)
 
 
-def _with_fp8(model: nn.Module, config: Stage) -> nn.Module:
+def _as_it_computes(model: nn.Module, config: Stage) -> nn.Module:
+    """In FP8, or compiled, where the config says so: the same for all roles, or they would differ where they are equal."""
     if config.fp8.recipe != "none":
         apply(model, config.fp8)
+    if config.compile:
+        compile_layers(unwrapped(model), config.frozen_layers)
     return model
 
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.collate import Segment, TokenBatch
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.models.frozen import FrozenLower
+from rlhf.models.frozen import FrozenLower, lower_layers
 
 BY_SEGMENTS = "sdpa_by_segments"
 """Name of our attention among transformers' implementations."""
@@ -34,6 +34,7 @@ LOGITS_AT_ONCE = 2**26
 """Elements, 256 MiB in float32. More are computed in parts, and again in the backward pass: they never exist together."""
 
 
+@torch.compiler.disable  # its loops are over rows, which no two batches have in common; what is around it is compiled
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -96,6 +97,12 @@ def attend_by_segments(model: PreTrainedModel) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     if model._supports_attention_backend and model._supports_sdpa and not model._is_stateful and types <= PURE_ATTENTION:
         model.set_attn_implementation(BY_SEGMENTS)
+
+
+def compile_layers(model: PreTrainedModel, frozen: int) -> None:
+    """All but the frozen ones, each by itself and for any length: what is compiled is one layer, with and without gradients."""
+    for layer in lower_layers(model, model.config.get_text_config().num_hidden_layers)[frozen:]:
+        layer.compile(dynamic=True)
 
 
 class Trunk:

@@ -36,7 +36,7 @@ def open_optimizer(policy: nn.Module, config: Optimizer) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        foreach=True,
+        fused=True,
     )
 
 
@@ -100,5 +100,4 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
             if f"{name}.step" not in tensors:
                 continue
             state = {key: tensors[f"{name}.{key}"].clone() for key in EXTRA_STATE}
-            on_device = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
-            optimizer.state[parameter] = on_device | {"step": state["step"]}
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

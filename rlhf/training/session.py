@@ -144,8 +144,8 @@ class Training:
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The plain module with whole weights, for a rollout."""
-        with self.accelerator.autocast(), self.engine.gathered() as plain:
+        """The plain module with whole weights, for a rollout, which has another shape for each token: too many to compile."""
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"), self.engine.gathered() as plain:
             yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

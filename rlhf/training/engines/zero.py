@@ -74,7 +74,8 @@ class Zero:
         )[0]
         # As AdamW itself would at its first step; but then it is too late to tell parameters where their own state lies.
         for flat, _ in self._flat():
-            self.optimizer.state[flat] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(flat) for key in MOMENTS}
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | zeros
         if self.stage < 3:
             self.model.optimizer._lazy_init_hp_params_optimizer_state()
         return self.model
