@@ -86,8 +86,9 @@ def token_batch(rows: Iterable[Row], share_prompts: bool = True) -> TokenBatch:
         for place in places:
             read.append(begins + place if place < len(prompt) else continues + place - len(prompt))
             targets.append(whole[place + 1])
-    flat = (torch.tensor(values, dtype=torch.long) for values in (ids, positions, read, targets))
-    return TokenBatch(*flat, tuple(segments), tuple(tuple(ids[start : start + length]) for start, length, _ in segments))
+    tokens = tuple(tuple(ids[start : start + length]) for start, length, _ in segments)
+    flat = [torch.tensor(values, dtype=torch.long) for values in (ids, positions, read, targets)]
+    return TokenBatch(flat[0], flat[1], flat[2], flat[3], tuple(segments), tokens)
 
 
 def reply_row(prompt: list[int], reply: list[int]) -> Row:

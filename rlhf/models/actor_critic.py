@@ -77,7 +77,7 @@ def role_of(parameter: str) -> str:
 
 def value_head_for(actor: nn.Module) -> nn.Linear:
     """A zero scalar head for the actor's trunk: a reward head would not fit a trunk it was not trained with."""
-    embedding = unwrapped(actor).get_output_embeddings().weight  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    embedding = unwrapped(actor).get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
     head = nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=embedding.dtype)
     nn.init.zeros_(head.weight)
     return head

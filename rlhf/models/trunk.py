@@ -56,8 +56,8 @@ def segment_attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = {segment.length for segment in segments}
     if len(lengths) == 1 and all(segment.parent is None for segment in segments):
-        rows = [x[0].unflatten(1, (len(segments), -1)).transpose(0, 1) for x in (query, key, value)]
-        return _attend(*rows, scaling, sliding_window).transpose(1, 2).flatten(0, 1)[None], None
+        query, key, value = (x[0].unflatten(1, (len(segments), -1)).transpose(0, 1) for x in (query, key, value))
+        return _attend(query, key, value, scaling, sliding_window).transpose(1, 2).flatten(0, 1)[None], None
     parts = [x.split([segment.length for segment in segments], 2) for x in (query, key, value)]
     found = []
     for number, (own_query, own_key, own_value) in enumerate(zip(*parts, strict=True)):

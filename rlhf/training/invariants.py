@@ -29,6 +29,9 @@ ROLLOUT_TOLERANCE_FP8, ROLLOUT_TOLERANCE_FP8_BY_BATCH = 0.05, 2.0
 """The same in FP8, where that is more: a difference in the last bit can turn a code into its neighbour, 6% away.
 By batch: where scales follow from all rows together, too."""
 
+COMPILED_TOLERANCE = 1e-4
+"""In nats, as for a rollout: two ways to compute the same in float32."""
+
 BATCH_MATES = 16
 BATCH_MATES_TOLERANCE = 1e-2
 """In nats. On a CPU the difference is exactly 0; kernels that sum in another order for another batch turn single codes (at most
@@ -82,9 +85,10 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
     )
     if experience.reference_logprobs is not None and config.roles.reference in (None, config.roles.actor):
         distance = (experience.logprobs - experience.reference_logprobs)[mask].abs().max()
-        checks.expect(
-            "KL at step 0", distance == 0, distance, "the actor starts as the reference: max |log ratio| is exactly 0"
-        )
+        # The compiler may order sums of a layer that keeps activations, or has adapters, in another way than of one without.
+        within, words = (COMPILED_TOLERANCE, f"within {COMPILED_TOLERANCE}") if config.compile else (0.0, "exactly 0")
+        meaning = f"the actor starts as the reference: max |log ratio| is {words}"
+        checks.expect("KL at step 0", distance <= within, distance, meaning)
     outside = sum(float(x[~mask].abs().sum()) for x in _per_token(experience))
     checks.expect(
         "outside the mask",

@@ -96,7 +96,8 @@ def test_adapters_in_two_processes(llamas, reward, tmp_path):
     two = flags("ppo", llamas, tmp_path / "two", micro_batch_size=3, gradient_checkpointing="true", **more)
     assert run_on_two("ppo", two, log, fixed_rollouts) == [0, 0], log.read_text()
     for one, other in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
-        assert losses([other]) == [pytest.approx(value, rel=1e-10, abs=1e-12) for value in losses([one])]
+        # A Llama's norms compute in float32, whatever its weights are in: they make 1e-8 of a product's last bit.
+        assert losses([other]) == [pytest.approx(value, rel=1e-6, abs=1e-7) for value in losses([one])]
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])

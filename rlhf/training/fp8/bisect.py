@@ -13,11 +13,12 @@ from statistics import fmean
 
 from torch import Tensor
 
+from rlhf.data.collate import TokenBatch
 from rlhf.fp8.linear import FP8Linear
 from rlhf.fp8.plan import plain_name
 from rlhf.fp8.recipes import GEMMS, Gemm
 from rlhf.fp8.state import fp8_layers
-from rlhf.training.fp8.sft import Batch, Subject
+from rlhf.training.fp8.sft import Subject
 
 STANDS_OUT = 0.75
 """A keep-list must take away this part of the error,"""
@@ -39,7 +40,9 @@ class Culprits:
     """The error with one layer in FP8, worst first."""
 
 
-def bisect(subject: Subject, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda *_: None) -> list[Culprits]:
+def bisect(
+    subject: Subject, batches: Sequence[TokenBatch], advance: Callable[[int, int], None] = lambda *_: None
+) -> list[Culprits]:
     """The culprits of each product.
 
     Args:
@@ -112,7 +115,7 @@ def _set(layers: dict[str, FP8Linear], gemm: Gemm, in_fp8: Sequence[str]) -> Non
         layer.high_precision = frozenset(GEMMS) - ({gemm} if name in in_fp8 else set())
 
 
-def _gradients(subject: Subject, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _gradients(subject: Subject, batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
     subject.gradients()
     subject.loss(batches)
     return subject.gradients()

@@ -19,7 +19,7 @@ from rlhf.data.examples import SftExample
 from rlhf.data.order import Batches, seed_of
 from rlhf.errors import DataError
 from rlhf.fp8.apply import switched_off
-from rlhf.fp8.state import advance
+from rlhf.fp8.state import advance, forget_weights
 from rlhf.training.fp8.sft import Subject, open_subject, read_rows, with_fp8
 from rlhf.training.optimization import open_optimizer, schedule_factor
 
@@ -132,6 +132,7 @@ def _trained(config: SftConfig, steps: int, report: Callable[[int, float], None]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule_factor(schedule, step / steps, (step + 1) / steps)
         optimizer.step()
+        forget_weights(subject.policy)  # a fused step writes them where no version of a tensor tells
         optimizer.zero_grad()
         advance(subject.policy)
         report(step, losses[-1])
