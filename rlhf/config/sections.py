@@ -22,7 +22,10 @@ Place = Annotated[str, AfterValidator(_place)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    # defer_build: a section is validated as part of its stage only; one of its own would be built at every start, for nothing
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 class Model(Section):

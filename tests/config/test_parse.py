@@ -13,9 +13,8 @@ import pytest
 from bad_configs import BAD_WORDS
 
 from rlhf import paths
-from rlhf.config import help_text, parse
 from rlhf.config.machines import Machines
-from rlhf.config.parse import SCHEMAS, Resume
+from rlhf.config.parse import SCHEMAS, Resume, help_text, parse
 from rlhf.config.schema import SHORT_FLAGS, STAGES
 from rlhf.errors import ConfigError, UsageError
 
@@ -220,7 +219,7 @@ def test_help_is_printed_and_ends_the_command(capsys: pytest.CaptureFixture[str]
 def test_a_command_line_is_read_without_torch(argv: list[str], tyro: bool) -> None:
     program = (
         "import contextlib, sys\n"
-        "from rlhf.config import parse\n"
+        "from rlhf.config.parse import parse\n"
         "with contextlib.suppress(SystemExit):\n"
         f"    parse('ppo', {argv!r})\n"
         "print('\\nloaded', *sorted({'torch', 'transformers', 'datasets', 'numpy', 'tyro'} & set(sys.modules)))"
