@@ -91,16 +91,13 @@ def main() -> None:
 def all_measures(world: Path) -> dict[str, tuple[str, ...]]:
     """By name: arguments of Python, with `RUN` for the directory of the run."""
     models = {
-        "sft": ["--model", f"{world / 'model'}", "--batch-size", "4"],
-        "rm": ["--model", f"{world / 'model'}", "--batch-size", "4"],
-        "ppo": ["--actor", f"{world / 'model'}", "--critic", f"{world / 'critic'}", "--reward", "count:w1"]
-        + ["--rollout.batch-size", "4", "--rollout.max-new-tokens", "4", "--ppo.minibatch-size", "4", "--ppo.epochs", "1"],
+        "sft": f"--model {world}/model --batch-size 4",
+        "rm": f"--model {world}/model --batch-size 4",
+        "ppo": f"--actor {world}/model --critic {world}/critic --reward count:w1 --rollout.batch-size 4 "
+        "--rollout.max-new-tokens 4 --ppo.minibatch-size 4 --ppo.epochs 1",
     }
-    flags = {
-        stage: [*own, "--data", f"{world / stage}.jsonl", "--output", "RUN", "--threads", "1"]
-        + ["--schedule.length", "1", "--schedule.unit", "steps"]
-        for stage, own in models.items()
-    }
+    common = "--output RUN --threads 1 --schedule.length 1 --schedule.unit steps"
+    flags = {stage: f"{own} --data {world}/{stage}.jsonl {common}".split() for stage, own in models.items()}
     words = {
         "rlhf --help": ["--help"],
         "rlhf ppo --help": ["ppo", "--help"],

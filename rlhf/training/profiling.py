@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.autograd.profiler import record_function
-from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile, record_function
 
 if TYPE_CHECKING:
     from rlhf.training.session import Training
@@ -21,29 +21,28 @@ if TYPE_CHECKING:
 STEP = 3
 """Of those this process takes: the first allocates and fills caches, and the second still grows what depends on lengths."""
 
-PHASE, WHOLE, BETWEEN = "phase: ", "step", "between operators"
-SHAPES, TRIES, SECONDS = 32, 3, 0.02
+PHASE, WHOLE, OUTSIDE = "phase: ", "step", "outside phases"
+SHAPES, TRIES, SECONDS = 32, 4, 0.02
 """The ceiling is measured on so many shapes, those with most FLOP; of each the fastest of so many tries, or of so long."""
 
 KINDS = {
     "matrix products": "mm addmm bmm baddbmm _scaled_mm mv dot matmul linear",
-    "softmax, log-prob": "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp log_sigmoid_forward "
-    "log_sigmoid_backward gather nll_loss_forward nll_loss_backward multinomial exponential sort topk cumsum argmax",
-    "elementwise, sums": "add sub rsub mul div neg exp log pow sqrt rsqrt mean sum abs clamp where min max minimum maximum silu "
-    "silu_backward gelu gelu_backward sigmoid tanh tanh_backward sin cos reciprocal native_layer_norm "
-    "native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward var isfinite all any eq ne lt le gt ge bitwise_and "
-    "bitwise_not logical_and addcmul linalg_vector_norm",
-    "copies, indexing": "copy clone cat index index_select index_put _index_put_impl index_add embedding "
-    "embedding_dense_backward masked_fill masked_select constant_pad_nd fill zero empty empty_strided repeat select_backward "
-    "slice_backward scatter scatter_add nonzero",
+    "softmax, log-prob": "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp gather "
+    "multinomial exponential sort topk cumsum argmax nll_loss_forward nll_loss_backward",
+    "elementwise, sums": "add sub rsub mul div neg exp log pow sqrt rsqrt mean sum abs clamp where min max minimum maximum "
+    "silu silu_backward gelu gelu_backward tanh tanh_backward native_layer_norm native_layer_norm_backward eq ne lt le gt ge",
+    "copies, indexing": "copy clone cat index index_select index_put embedding embedding_dense_backward masked_fill fill zero "
+    "empty empty_strided select_backward slice_backward scatter",
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 """Beside these `attention`, of whatever has that word in its name; `optimizer`, and `other`."""
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-"""Those whose FLOP are counted and whose ceiling is measured; a fused attention's products are neither."""
+"""Those whose FLOP are counted and whose ceiling is measured."""
+PARTS = {"autograd::engine": "backward", "Optimizer.": "optimizer", "aten::_foreach": "optimizer"}
+"""By how a name begins; `_foreach` are those of clipping. All else is forward."""
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
-Product = tuple[tuple[int, ...], tuple[int, ...]]
+Product = tuple[tuple[int, ...], ...]
 """Shapes of the two factors, the last two dimensions multiplied."""
 
 
@@ -53,7 +52,6 @@ class Operator(NamedTuple):
     kind: str
     phase: str | None
     part: str
-    """forward, backward or optimizer."""
     seconds: float
     product: Product | None
 
@@ -62,17 +60,13 @@ class Profiler:
     """Profiles step `STEP` on rank 0, where `report.profile` asks for it."""
 
     def __init__(self, train: Training) -> None:
-        self.train, self.steps = train, 0
-        self.running: Any = None
+        self.train, self.steps, self.running = train, 0, None
         self.wanted = train.config.report.profile and train.is_main
 
     def begin(self) -> None:
         self.steps += 1
         if self.wanted and self.steps == STEP:
-            from torch.profiler import ProfilerActivity, profile  # a tenth of a second that only a profiled run needs
-
-            gpu = [ProfilerActivity.CUDA] if self.train.device.type == "cuda" else []
-            self.running = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
+            self.running: Any = profile(record_shapes=True)  # of CPU and GPU
             self.started = time.perf_counter(), time.process_time()
             self.running.start()
 
@@ -80,15 +74,14 @@ class Profiler:
         """Writes RUN/profile/ and says what is in it, where the step that ends is the profiled one."""
         if self.running is None:
             return
-        _synchronize(self.train.device)
-        wall, cpu = (now - then for now, then in zip((time.perf_counter(), time.process_time()), self.started, strict=True))
+        device, dtype = self.train.device, DTYPES[self.train.config.precision]
+        wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
         profiled, self.running = self.running, None
         profiled.stop()
         directory = self.train.run / "profile"
         directory.mkdir(exist_ok=True)
         profiled.export_chrome_trace(str(directory / "trace.json"))
-        device, dtype = self.train.device, DTYPES[self.train.config.precision]
-        events: Any = profiled.events()
+        events = [event for event in profiled.events() if event.device_type.name == "CPU"]  # a GPU's are told by who called
         found, phases = operators(events, device.type == "cuda"), phase_seconds(events, wall)
         fastest = ceiling(Counter(operator.product for operator in found if operator.product), dtype, device)
         head = f"step {step + 1} of {self.train.stage} under torch.profiler: {wall:.3f} s, {cpu:.3f} s of CPU, "
@@ -107,56 +100,42 @@ def ranged(phase: str) -> record_function:
     return record_function(PHASE + phase)
 
 
-def operators(events: Iterable[FunctionEvent], on_gpu: bool) -> list[Operator]:
-    """The operators called, each with its own seconds on the GPU or on the CPU."""
-    called = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    ranges = [(e.time_range, e.name.removeprefix(PHASE)) for e in called if e.name.startswith(PHASE)]
+def operators(events: Sequence[Any], on_gpu: bool) -> list[Operator]:
+    """Those called on the CPU, each with its own seconds on the GPU or there; `events` are torch's FunctionEvents."""
+    ranges = [(e.time_range, e.name.removeprefix(PHASE)) for e in events if e.name.startswith(PHASE)]
     found = []
-    for event in called:
+    for event in events:
         if event.name.startswith(PHASE):
             continue  # what is left of a phase without its operators is time between them
-        names, above = [event.name], event.cpu_parent
-        while above is not None:
+        names, above = [event.name], event
+        while above := above.cpu_parent:
             names.append(above.name)
-            above = above.cpu_parent
-        part = "forward"
-        if any(name.startswith("autograd::engine") for name in names):
-            part = "backward"
-        elif any(name.startswith(("Optimizer.", "aten::_foreach")) for name in names):  # _foreach: of clipping
-            part = "optimizer"
+        ends = (part for start, part in PARTS.items() if any(name.startswith(start) for name in names))
+        part = next(ends, "forward")
         plain = [name.removeprefix("aten::").rstrip("_") for name in names]
-        kind = part if part == "optimizer" else next(filter(None, map(_kind, plain)), "other")
+        kinds = [KIND_OF.get(name, "attention") for name in plain if name in KIND_OF or "attention" in name]
+        kind = part if part == "optimizer" else kinds[0] if kinds else "other"
         # by time, not by ancestors: a GPU's backward runs on a thread of its own
         phase = next((name for span, name in ranges if span.start <= event.time_range.start < span.end), None)
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        product = _factors(event.input_shapes) if plain[0] in PRODUCTS else None
+        # the last two: of addmm and baddbmm the first input, which may be a matrix as well, is added
+        product = tuple(tuple(shape) for shape in event.input_shapes if len(shape) >= 2)[-2:] if plain[0] in PRODUCTS else None
         found.append(Operator(kind, phase, part, seconds, product))
     return found
 
 
-def _kind(name: str) -> str | None:
-    return "attention" if "attention" in name else KIND_OF.get(name)
-
-
-def _factors(shapes: list[list[int]]) -> Product:
-    """The last two matrices: of addmm and baddbmm the first input, which may be one as well, is added."""
-    first, second = [tuple(shape) for shape in shapes if len(shape) >= 2][-2:]
-    return first, second
-
-
 def flop(product: Product) -> int:
     """Multiplications and additions."""
-    first, second = product
-    return 2 * math.prod(first) * second[-1]
+    return 2 * math.prod(product[0]) * product[1][-1]
 
 
-def phase_seconds(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
-    """Wall seconds of each phase, of what is outside them all, and of the step."""
-    seconds = Counter[str]()
+def phase_seconds(events: Sequence[Any], wall: float) -> dict[str, float]:
+    """Wall seconds of each phase, of what is outside them, and of the step."""
+    seconds: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.name.startswith(PHASE) and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.name.startswith(PHASE):
             seconds[event.name.removeprefix(PHASE)] += event.time_range.elapsed_us() / 1e6
-    return dict(seconds) | ({"outside phases": wall - sum(seconds.values())} if seconds else {}) | {WHOLE: wall}
+    return dict(seconds) | ({OUTSIDE: wall - sum(seconds.values())} if seconds else {}) | {WHOLE: wall}
 
 
 @torch.no_grad()
@@ -169,13 +148,12 @@ def ceiling(products: Counter[Product], dtype: torch.dtype, device: torch.device
     for product in costly:
         a, b = (torch.rand(shape, dtype=dtype, device=device, generator=generator) for shape in product)
         tries: list[float] = []
-        a @ b  # the first of a shape may choose a kernel
-        while len(tries) < TRIES or sum(tries) < SECONDS:
-            _synchronize(device)
+        while len(tries) < TRIES or sum(tries) < SECONDS:  # the first of a shape may choose a kernel
             start = time.perf_counter()
             for _ in range(calls):
-                a @ b
-            _synchronize(device)
+                torch.matmul(a, b)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             tries.append((time.perf_counter() - start) / calls)
         fastest[product] = min(tries)
     return fastest
@@ -185,14 +163,17 @@ def by_phase(found: list[Operator], phases: dict[str, float], fastest: dict[Prod
     """A row a phase: FLOP/s of its matrix products over its whole time, and in percent of the ceiling of their shapes."""
     lines = [f"{'phase':<20}{'seconds':>9}{'%':>6}{'GFLOP':>10}{'GFLOP/s':>10}{'ceiling':>10}{'% of it':>9}"]
     for name, seconds in phases.items():
-        inside = [one for one in found if name == WHOLE or one.phase == (None if name == "outside phases" else name)]
+        inside = [one for one in found if name == WHOLE or one.phase == (None if name == OUTSIDE else name)]
         lines.append(f"{name:<20}{seconds:>9.3f}{100 * seconds / phases[WHOLE]:>6.1f}{_roofline(inside, seconds, fastest)}")
-        parts = {part: [one for one in inside if one.part == part] for part in ("forward", "backward", "optimizer")}
-        for part, ones in parts.items() if parts["backward"] and (name != WHOLE or len(phases) == 1) else ():
+        trains = any(one.part == "backward" for one in inside) and (name != WHOLE or len(phases) == 1)
+        for part in ("forward", "backward", "optimizer") if trains else ():
+            ones = [one for one in inside if one.part == part]
             own = sum(one.seconds for one in ones)
             lines.append(f"  {part:<18}{own:>9.3f}{100 * own / phases[WHOLE]:>6.1f}{_roofline(ones, own, fastest)}")
-    note = "GFLOP: matrix products alone, not a fused attention's; ceiling: GFLOP/s of the same shapes, one product at a time."
-    return [*lines, note]
+    return [
+        *lines,
+        "GFLOP: matrix products, not a fused attention's; ceiling: GFLOP/s of the same shapes, one product at a time.",
+    ]
 
 
 def _roofline(ones: list[Operator], seconds: float, fastest: dict[Product, float]) -> str:
@@ -207,14 +188,12 @@ def _roofline(ones: list[Operator], seconds: float, fastest: dict[Product, float
 
 def by_kind(found: list[Operator], wall: float) -> list[str]:
     """A row a kind of operator; what is left of the step is Python's, or waiting."""
-    seconds = Counter[str]()
+    seconds: dict[str, float] = defaultdict(float)
     for one in found:
         seconds[one.kind] += one.seconds
-    seconds[BETWEEN] = max(0.0, wall - sum(seconds.values()))
-    lines = [f"{kind:<20}{own:>9.3f}{100 * own / wall:>6.1f}" for kind, own in seconds.most_common()]
+    seconds["between operators"] = max(0.0, wall - sum(seconds.values()))
+    lines = [
+        f"{kind:<20}{own:>9.3f}{100 * own / wall:>6.1f}"
+        for kind, own in sorted(seconds.items(), key=itemgetter(1), reverse=True)
+    ]
     return [f"{'kind of operator':<20}{'seconds':>9}{'%':>6}", *lines]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
