@@ -14,7 +14,8 @@ FOR_SOME = {
     "bitsandbytes", "datasets", "deepspeed", "matplotlib", "pandas", "peft", "pyarrow", "scipy", "sklearn", "tensorboard",
     "torchvision", "trl", "tyro",
     "rlhf.checkpoints.convert", "rlhf.models.adapters", "rlhf.models.gguf", "rlhf.models.megatron",
-    "rlhf.training.engines.fsdp", "rlhf.training.engines.zero", "rlhf.training.fp8.inspection", "rlhf.training.probes", "rlhf.training.unit_test",
+    "rlhf.training.engines.fsdp", "rlhf.training.engines.zero", "rlhf.training.fp8.inspection",
+    "rlhf.training.probes", "rlhf.training.unit_test",
 }  # fmt: skip
 PROGRAM = f"""
 import runpy, sys
