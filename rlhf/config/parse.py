@@ -267,7 +267,14 @@ def help_text(stage: str) -> str:
     # tyro draws frames where the encoding has them; a buffer, unlike StringIO, has an encoding to ask.
     drawing = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     with redirect_stdout(drawing), suppress(SystemExit):
-        tyro.cli(page, prog=f"rlhf {stage}", description=description, args=["--help"])
+        # every help text is given above; for sections, which have none, tyro would read sources to find one in a comment
+        tyro.cli(
+            page,
+            prog=f"rlhf {stage}",
+            description=description,
+            args=["--help"],
+            config=(tyro.conf.HelptextFromCommentsOff,),
+        )
     drawing.seek(0)
     return drawing.read()
 

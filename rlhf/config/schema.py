@@ -351,5 +351,6 @@ SHORT_FLAGS = {
     "data.train": "data",
     "data.file": "data",
     "data.json_key": "json_key",
+    "report.profile": "profile",
 }
 """A config field -> the flag that is short for it, for the commands that have the field."""

@@ -22,7 +22,8 @@ Place = Annotated[str, AfterValidator(_place)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    # defer_build: a section is validated as part of its stage only; one of its own would be built at every start, for nothing
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True)
 
 
 class Model(Section):
@@ -233,3 +234,5 @@ class Report(Section):
     """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""
     trackers: tuple[Literal["tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
+    profile: bool = False
+    """Profile the third step after a start: a trace, and its time by phase and kind of operator, in profile/ of the run."""

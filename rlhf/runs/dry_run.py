@@ -61,6 +61,8 @@ def writes(config: Any) -> list[str]:
     names = ["run.json", "status.json", "metrics.jsonl"]
     if isinstance(config, PpoConfig) and config.report.samples:
         names.append("samples.jsonl")
+    if config.report.profile:
+        names.append("profile/")
     names += ["checkpoints/step-N/", "model/"]
     if isinstance(config, PpoConfig):
         names.append("critic/")

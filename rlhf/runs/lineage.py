@@ -43,7 +43,7 @@ OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 # Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
-WRITTEN = ("model", "critic", "checkpoints", "metrics.jsonl", "samples.jsonl")
+WRITTEN = ("model", "critic", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile")
 """What a run writes, and so replaces, in its directory."""
 
 MACHINE = ("world_size", "threads", "engine", "device")

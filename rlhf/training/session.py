@@ -42,6 +42,7 @@ from rlhf.training.memory import memory_line, require_divided, require_memory
 from rlhf.training.non_finite import NonFinite, finite_only
 from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
+from rlhf.training.profiling import Profiler, ranged
 from rlhf.training.signals import StopRequest
 
 
@@ -75,7 +76,7 @@ class Training:
         self.non_finite = NonFinite(self)
         self.states: dict[str, Stateful] = {"non_finite": self.non_finite}
         self.result: dict[str, Any] = {}
-        self.stats = Stats()
+        self.stats, self.profiler = Stats(), Profiler(self)
         self.frozen: list[nn.Module] = []
         self.listeners: list[Callable[[dict[str, float]], None]] = []
         """Are given each step's metrics, on every rank."""
@@ -175,6 +176,7 @@ class Training:
                 self.save()
             if signal_number:
                 raise Preempted(signal_number)
+        self.profiler.close()
 
     def one_step(self) -> Iterator[int]:
         """The number of the step at hand, and what ends it."""
@@ -184,6 +186,7 @@ class Training:
         self.non_finite.begin_step()
         for model in (self.policy, *self.frozen):
             forget_rows(model)
+        self.profiler.begin()
         yield step
         self.step_done = step + 1
         if self.non_finite.steps_taken:
@@ -289,7 +292,8 @@ class Training:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        yield
+        with ranged(name):
+            yield
         self._times[f"time/{name}_s"] = self._times.get(f"time/{name}_s", 0.0) + time.monotonic() - start
 
     def reduce(self, stats: Stats) -> dict[str, float]:
@@ -299,6 +303,7 @@ class Training:
     def report(self, step: int, tokens: float, show: Sequence[str]) -> dict[str, float]:
         """Writes the step's metrics line, of what is finite; `tokens` is how many this step handled over all ranks."""
         values = finite_only(self.reduce(self.stats))
+        self.profiler.end(step)
         times = self._times | {"time/step_s": time.monotonic() - self._started}
         for listener in self.listeners:
             listener(values)

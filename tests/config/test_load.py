@@ -14,7 +14,8 @@ from bad_configs import BAD_FLAGS, BAD_VALUES, GOOD, UNREADABLE
 from pydantic import ValidationError
 
 from rlhf import paths
-from rlhf.config import find_config, load, to_json, tree
+from rlhf.config import tree
+from rlhf.config.load import find_config, load, to_json
 from rlhf.config.schema import STAGES, PpoConfig, SftConfig
 from rlhf.config.sections import Fp8
 from rlhf.errors import ConfigError

@@ -13,9 +13,8 @@ import pytest
 from bad_configs import BAD_WORDS
 
 from rlhf import paths
-from rlhf.config import help_text, parse
 from rlhf.config.machines import Machines
-from rlhf.config.parse import SCHEMAS, Resume
+from rlhf.config.parse import SCHEMAS, Resume, help_text, parse
 from rlhf.config.schema import SHORT_FLAGS, STAGES
 from rlhf.errors import ConfigError, UsageError
 
@@ -188,7 +187,8 @@ def test_help_shows_every_field_with_its_description(stage: str) -> None:
         flag = "--" + name.replace("_", "-")
         assert re.search(re.escape(flag) + "[^-]*?" + re.escape(without_layout(description)), letters), name
     for short in SHORT_FLAGS.values():
-        assert (f"--{short}TEXT" in letters) == any(short in (name, SHORT_FLAGS.get(name)) for name in fields), short
+        given = any(f"--{short}{metavar}" in letters for metavar in ("TEXT", "true|false"))
+        assert given == any(short in (name, SHORT_FLAGS.get(name)) for name in fields), short
     assert "--configNAME|FILE" in letters
     assert "--json" in letters
     for own in ("--launchNAME|FILE", "--nprocINTEGER", "--dry-run", "--allow-inexact-resume"):
@@ -220,7 +220,7 @@ def test_help_is_printed_and_ends_the_command(capsys: pytest.CaptureFixture[str]
 def test_a_command_line_is_read_without_torch(argv: list[str], tyro: bool) -> None:
     program = (
         "import contextlib, sys\n"
-        "from rlhf.config import parse\n"
+        "from rlhf.config.parse import parse\n"
         "with contextlib.suppress(SystemExit):\n"
         f"    parse('ppo', {argv!r})\n"
         "print('\\nloaded', *sorted({'torch', 'transformers', 'datasets', 'numpy', 'tyro'} & set(sys.modules)))"
