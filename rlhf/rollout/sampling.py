@@ -25,21 +25,21 @@ class Sampling:
     top_p: float = 1.0
 
 
-def uniform(seeds: Tensor, place: int) -> Tensor:
-    """(B,) numbers in [0, 1), a function of the (B,) int64 seeds and the place alone.
+def uniform(seeds: Tensor, place: Tensor | int) -> Tensor:
+    """(B,) numbers in [0, 1), a function of the (B,) int64 seeds and the (B,) places alone.
 
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): its state after `place` + 1
     steps is the seed plus so many times the golden gamma. int64 arithmetic wraps as uint64 does; only shifts need care.
     """
-    z = seeds + _signed((place + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    z = seeds + (place + 1) * torch.tensor(_signed(0x9E3779B97F4A7C15))
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift_right(z, 31)
     return _shift_right(z, 11).double() * 2.0**-53
 
 
-def sample(logits: Tensor, sampling: Sampling, seeds: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """(tokens (B,), log-probabilities (B,)) from logits (B, V).
+def sample(logits: Tensor, sampling: Sampling, seeds: Tensor, place: Tensor | int) -> tuple[Tensor, Tensor]:
+    """(tokens (B,), log-probabilities (B,)) from logits (B, V), for the (B,) places in the replies.
 
     The log-probability is that of the full softmax at the sampling temperature, whatever the filters leave: it is the policy
     that is trained, and filters are not part of it.
@@ -47,17 +47,18 @@ def sample(logits: Tensor, sampling: Sampling, seeds: Tensor, place: int) -> tup
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, token_logprobs(logits[:, None], tokens[:, None]).squeeze(1)
-    scaled = logits.float() / sampling.temperature
-    ids = torch.empty(0, dtype=torch.long)  # the warpers' signature asks for input ids and does not look at them
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    kept, ids = scaled, torch.empty(0, dtype=torch.long)  # the warpers' signature asks for input ids and does not look at them
     if sampling.top_k:
-        scaled = TopKLogitsWarper(sampling.top_k)(ids, scaled)  # pyright: ignore[reportArgumentType]
+        kept = TopKLogitsWarper(sampling.top_k)(ids, kept)  # pyright: ignore[reportArgumentType]
     if sampling.top_p < 1:
-        scaled = TopPLogitsWarper(sampling.top_p)(ids, scaled)  # pyright: ignore[reportArgumentType]
-    cumulative = scaled.softmax(-1).double().cumsum(-1)
+        kept = TopPLogitsWarper(sampling.top_p)(ids, kept)  # pyright: ignore[reportArgumentType]
+    total = scaled.logsumexp(-1, keepdim=True)
+    cumulative = (kept - total).exp_().cumsum(-1, dtype=torch.float64)
     # right=True never lands on a token of probability 0: it finds the first place where the sum exceeds the draw.
     draw = uniform(seeds, place)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, token_logprobs(logits[:, None], tokens[:, None], sampling.temperature).squeeze(1)
+    tokens = torch.searchsorted(cumulative, draw, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.squeeze(1), (scaled.gather(-1, tokens) - total).squeeze(1)
 
 
 def _signed(constant: int) -> int:

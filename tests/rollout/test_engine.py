@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from splitmix import splitmix64
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import DataError
@@ -28,7 +29,7 @@ def tiny(tmp_path_factory):
 
 
 def engine(tiny, batch_size: int = 64) -> NativeEngine:
-    made = NativeEngine(nullcontext, stop_ids=[1], pad_id=0, batch_size=batch_size)
+    made = NativeEngine(nullcontext, stop_ids=[1], pad_id=0, slots=batch_size)
     made.sync(ActorCritic(actor=load_actor(str(tiny / "model"), Loading())), version=7)
     return made
 
@@ -63,25 +64,6 @@ def test_logprobs_are_the_models(tiny):
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
         assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-4)
-
-
-def test_finished_rows_leave_the_batch(tiny):
-    made, sizes = engine(tiny), []
-    made.weights.actor.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
-    )
-    made.generate(PROMPTS * 4, Sampling(12, temperature=1.2), list(range(24)))
-    assert sizes[0] == 24
-    assert sizes[-1] < 24
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def splitmix64(seed: int, place: int) -> int:
-    """The reference algorithm on Python's integers (Steele, Lea and Flood 2014)."""
-    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-    return z ^ (z >> 31)
 
 
 def test_splitmix64():
