@@ -7,6 +7,7 @@ INSTALLED := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One process a core, each taking a file of tests (or a class of one) whole, so that what it sets up is set up once.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
+PEERS := .venv-trl-1.12/.installed .venv-trl-1.16/.installed
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test check slow soak bench clean
@@ -33,10 +34,17 @@ slow: $(INSTALLED)
 soak: $(INSTALLED)
 	KILLS=100 $(BIN)/python -m pytest -m "" -s tests/faults/test_kills.py
 
-# Each benchmark prints one JSON line.
-bench: $(INSTALLED)
+# Each benchmark prints one JSON line; `benchmarks/table.py` makes the tables of docs/performance.md of them.
+bench: $(INSTALLED) $(PEERS)
 	$(if $(BENCHMARKS),,@echo "benchmarks/ holds no benchmark yet: nothing to run")
 	$(foreach script,$(BENCHMARKS),@$(BIN)/python $(script)$(newline))
+
+# The peers of the benchmarks, in environments of their own: TRL 1.12 is the last release with PPO.
+.venv-trl-%/.installed: benchmarks/peers/trl-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(if $(filter 1.12,$*),$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.12.0)
+	touch $@
 
 clean:
 	rm -rf build dist htmlcov runs .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
