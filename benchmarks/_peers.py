@@ -37,8 +37,8 @@ def require(python: Path, release: str) -> dict[str, str]:
     return versions
 
 
-def peer(name: str, python: Path, script: str, job: Mapping[str, Any], place: Path) -> Side:
+def peer(name: str, python: Path, script: str, job: Mapping[str, Any], place: Path, steps: int = 1) -> Side:
     """A script of peers/ with its job, in a file."""
     file = place / f"{name}.job.json"
     file.write_text(json.dumps(job, default=str))
-    return Side(name, [python, HERE / "peers" / script, file])
+    return Side(name, [python, HERE / "peers" / script, file], steps)

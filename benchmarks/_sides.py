@@ -24,16 +24,17 @@ Turn = dict[str, Any]
 
 @dataclass
 class Side:
-    """One of those compared: a command whose process takes turns."""
+    """One of those compared: a command whose process takes turns, each of so many `steps`."""
 
     name: str
     command: Sequence[str | Path]
+    steps: int = 1
     turns: list[Turn] = field(default_factory=list)
     warm_up: list[Turn] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
 
     def start(self, place: Path, threads: int) -> None:
-        """Ends with the first turn, in which it imports and warms up."""
+        """Ends with the first step, in which it imports and warms up."""
         self.log = place / f"{self.name}.log"
         with self.log.open("w") as log:
             pipe = subprocess.PIPE
@@ -43,10 +44,12 @@ class Side:
         self.warm_up.append(self._next())
 
     def take_turn(self, counts: bool) -> None:
-        stdin = self._pipe("stdin")
-        stdin.write("\n")
-        stdin.flush()
-        (self.turns if counts else self.warm_up).append(self._next())
+        stdin, steps = self._pipe("stdin"), []
+        for _ in range(self.steps):
+            stdin.write("\n")
+            stdin.flush()
+            steps.append(self._next())
+        (self.turns if counts else self.warm_up).append(together(steps))
 
     def stop(self) -> None:
         """At once: what a run writes at its end is no part of a turn."""
@@ -66,6 +69,16 @@ class Side:
         pipe = getattr(self.process, name)
         assert pipe is not None
         return pipe
+
+
+def together(steps: Sequence[Turn]) -> Turn:
+    """Several steps as one turn: what they cost and did, summed."""
+    summed = {
+        name: sum(step[name] for step in steps) for name in ("cpu_s", "wall_s", "tokens", "reply_tokens") if name in steps[0]
+    }
+    names = {name for step in steps for name in step.get("phases", {})}
+    phases = {name: sum(step["phases"].get(name, 0.0) for step in steps) for name in names}
+    return steps[-1] | summed | {"phases": phases}
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -95,7 +108,10 @@ def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
 
 
 def figures(side: Side, work: Mapping[str, Callable[[Turn], float]]) -> dict[str, Any]:
-    """Work per CPU second and per wall second of each turn, in each unit of `work`; CPU seconds a turn; peak memory."""
+    """Work per CPU second and per wall second of each turn, in each unit of `work`; CPU seconds a turn; peak memory.
+
+    A side's name ends with its micro-batch.
+    """
     result: dict[str, Any] = {}
     for unit, amount in work.items():
         result[f"{unit}_per_cpu_s"] = spread(amount(turn) / turn["cpu_s"] for turn in side.turns)
@@ -103,7 +119,27 @@ def figures(side: Side, work: Mapping[str, Callable[[Turn], float]]) -> dict[str
     result["cpu_s"] = spread(turn["cpu_s"] for turn in side.turns)
     result["peak_mib"] = max(turn["peak_mib"] for turn in side.turns)
     result["turns"] = len(side.turns)
+    result["micro_batch_size"] = int(side.name.rpartition("-")[2])
     return result
+
+
+def best(found: Sequence[dict[str, Any]], unit: str) -> dict[str, Any]:
+    """Of one side with several micro-batches that with which most is done; of the others their medians."""
+    result = max(found, key=lambda each: each[f"{unit}_per_cpu_s"]["median"])
+    others = {str(each["micro_batch_size"]): each[f"{unit}_per_cpu_s"]["median"] for each in found if each is not result}
+    return result | ({f"{unit}_per_cpu_s_at_other_micro": others} if others else {})
+
+
+def stage(name: str, stage: str, fields: Mapping[str, Any], more: Sequence[str] = (), steps: int = 1) -> Side:
+    """One of our stages, as its users run it but for the turns."""
+    flags = [f"--{field}={value}" for field, value in fields.items()]
+    return Side(name, [sys.executable, HERE / "_stage.py", stage, *flags, *more], steps)
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A benchmark's own words, and what comes after `--`, which is for our stage."""
+    cut = list(words).index("--") if "--" in words else len(words)
+    return list(words[:cut]), list(words[cut + 1 :])
 
 
 def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any], figure: str) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 
 from _machine import machine
 from _peers import add_peer_option, peer, require
-from _sides import HERE, Side, Turn, figures, options, ratio, spread, take_turns
+from _sides import Side, Turn, best, figures, options, ratio, split, spread, stage, take_turns
 from _world import NEVER, RANK, SHAPES, models, words, write_rows
 
 RELEASE = "trl-1.12"
@@ -70,12 +70,6 @@ def main() -> None:
     print(json.dumps({"benchmark": "ppo"} | settings | result | {"peer_versions": versions, "machine": machine()}))
 
 
-def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is ours, and what comes after `--`."""
-    cut = list(words).index("--") if "--" in words else len(words)
-    return list(words[:cut]), list(words[cut + 1 :])
-
-
 def measured(asked: Any, kept: Path, place: Path, stage_flags: Sequence[str]) -> dict[str, Any]:
     size, stops = SIZES[asked.shape], asked.lengths == "varying"
     directory = models(kept, asked.shape, 1 / size.reply if stops else NEVER)
@@ -92,8 +86,7 @@ def measured(asked: Any, kept: Path, place: Path, stage_flags: Sequence[str]) ->
             for micro in micros:
                 fields = stage_fields(asked, size, directory, mode, precision, micro)
                 fields |= {"data": data, "output": place / f"{name}-{micro}"}
-                flags = [f"--{field}={value}" for field, value in fields.items()]
-                sides.append(Side(f"{name}-{micro}", [sys.executable, HERE / "_stage.py", "ppo", *flags, *stage_flags]))
+                sides.append(stage(f"{name}-{micro}", "ppo", fields, stage_flags))
             ours.append(sides)
     job = {"policy": directory / "policy", "reward": directory / "reward", "data": data, "threads": asked.threads,
            "precision": asked.peer_precision, "batch_size": size.batch, "epochs": size.epochs, "reply_tokens": size.reply,
@@ -108,9 +101,9 @@ def measured(asked: Any, kept: Path, place: Path, stage_flags: Sequence[str]) ->
             if asked.peer_precision != "none"
         ]
         take_turns([side for each in [*group, theirs] for side in each], place, asked.threads, asked.repeats, asked.warm_up)
-        against = best([described(side, size) for side in theirs]) if theirs else None
+        against = best([described(side, size) for side in theirs], "tokens") if theirs else None
         for each in group:
-            found = best([described(side, size) for side in each])
+            found = best([described(side, size) for side in each], "tokens")
             if against:
                 found["over_trl"] = {unit: ratio(found, against, f"{unit}_per_cpu_s") for unit in ("samples", "tokens")}
                 found["memory_over_trl"] = round(found["peak_mib"] / against["peak_mib"], 2)
@@ -140,16 +133,8 @@ def described(side: Side, size: Size) -> dict[str, Any]:
 
     result = figures(side, {"samples": lambda _: size.batch, "tokens": reply_tokens})
     result["reply_length"] = round(sum(map(reply_tokens, side.turns)) / (size.batch * len(side.turns)), 1)
-    result["micro_batch_size"] = int(side.name.rpartition("-")[2])
     names = sorted({name for turn in side.turns for name in turn["phases"]})
     return result | {"phases_cpu_s": {name: spread(turn["phases"].get(name, 0.0) for turn in side.turns) for name in names}}
-
-
-def best(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The micro-batch with which most tokens are done; of the others their median."""
-    result = max(found, key=lambda each: each["tokens_per_cpu_s"]["median"])
-    others = {str(each["micro_batch_size"]): each["tokens_per_cpu_s"]["median"] for each in found if each is not result}
-    return result | ({"tokens_per_cpu_s_at_other_micro": others} if others else {})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""TRL 1.16's RewardTrainer on pairs of token ids; says the tokens of each step: no pads, the prompt once for each reply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from _trainer import JOB, StepTurns, arguments, load, rows, tokenizer_of
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer
+
+tokens = [0]
+
+
+class Counting(RewardTrainer):
+    def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        tokens[0] = int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, *rest, **more)
+
+
+def main() -> None:
+    torch.set_num_threads(JOB["threads"])
+    tokenizer = tokenizer_of(JOB["model"])
+
+    def ids(side: str) -> list[list[int]]:
+        return [tokenizer(row["prompt"] + row[side])["input_ids"] + [tokenizer.eos_token_id] for row in rows(JOB["data"])]
+
+    config = arguments(
+        RewardConfig,
+        per_device_train_batch_size=JOB["batch_size"],
+        max_steps=10000,
+        learning_rate=JOB["lr"],
+        lr_scheduler_type="constant",
+    )
+    Counting(
+        model=load(AutoModelForSequenceClassification, JOB["model"], num_labels=1),
+        args=config,
+        train_dataset=Dataset.from_dict({f"{side}_ids": ids(side) for side in ("chosen", "rejected")}),
+        processing_class=tokenizer,
+        callbacks=[StepTurns(lambda: {"tokens": tokens[0]})],
+    ).train()
+
+
+main()
