@@ -78,7 +78,8 @@ def together(steps: Sequence[Turn]) -> Turn:
     }
     names = {name for step in steps for name in step.get("phases", {})}
     phases = {name: sum(step["phases"].get(name, 0.0) for step in steps) for name in names}
-    return steps[-1] | summed | {"phases": phases}
+    evaluations = [one for step in steps for one in step.get("evaluations", [])]
+    return steps[-1] | summed | {"phases": phases, "evaluations": evaluations}
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A stage as it is run, `python benchmarks/_stage.py STAGE --flags`, that takes turns (_turns.py): a step is a turn.
 
 Says, beside a turn's cost, the stage's own count of its tokens and metrics, and the CPU seconds of each phase. Evaluations are
-not counted. With several processes, CPU seconds are those of all.
+not counted, and told with the step after them. With several processes, CPU seconds are those of all.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
     def recorded(train: Training, step: int, values: Any, *rest: Any) -> Any:
         result = record(train, step, values, *rest)
-        evaluations.append({"step": step} | dict(result))
+        evaluations.append({"step": step} | {name.removeprefix("eval/"): value for name, value in result.items()})
         phases.clear()
         turns.begin()
         return result
@@ -56,6 +56,7 @@ def main() -> None:
     Training.report, Training.phase, Training.record_evaluation = reported, timed, recorded
     stage, *sys.argv[1:] = sys.argv[1:]
     runpy.run_path(str(STAGES / f"{stage}.py"), run_name="__main__")
+    turns.end(evaluations=evaluations)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,21 @@ def rows(path: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-class StepTurns(TrainerCallback):
-    """A step is a turn; `told` says what it did, and is not counted."""
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as our stages render it: with the chat template where there is one."""
+    if not tokenizer.chat_template:
+        return tokenizer(text)["input_ids"]
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-    def __init__(self, told: Callable[[], dict[str, Any]]) -> None:
+
+class StepTurns(TrainerCallback):
+    """A step is a turn; `told`, given its number, says what it did, and is not counted."""
+
+    def __init__(self, told: Callable[[int], dict[str, Any]]) -> None:
         self.turns, self.told = Turns(), told
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         spent = time.process_time() - self.turns.cpu
-        self.turns.end(cpu_s=spent, **self.told())
+        self.turns.end(cpu_s=spent, **self.told(state.global_step))

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from _trainer import JOB, StepTurns, arguments, load, rows, tokenizer_of
+from _trainer import JOB, StepTurns, arguments, load, prompt_ids, rows, tokenizer_of
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -42,15 +42,14 @@ def main() -> None:
     global generating
     torch.set_num_threads(JOB["threads"])
     tokenizer = tokenizer_of(JOB["policy"])
-    prompts = Dataset.from_dict({"input_ids": [tokenizer(row["prompt"])["input_ids"] for row in rows(JOB["data"])]})
+    prompts = Dataset.from_dict({"input_ids": [prompt_ids(tokenizer, row["prompt"]) for row in rows(JOB["data"])]})
     batch, micro = JOB["batch_size"], JOB["micro_batch_size"]
     config = arguments(
         PPOConfig,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
         local_rollout_forward_batch_size=batch,
-        total_episodes=batch * 1000,
-        num_mini_batches=1,
+        total_episodes=batch * JOB.get("length", 1000),
         num_ppo_epochs=JOB["epochs"],
         response_length=JOB["reply_tokens"],
         stop_token="eos" if JOB["stops"] else None,
@@ -59,16 +58,26 @@ def main() -> None:
         learning_rate=JOB["lr"],
         num_sample_generations=0,
         eval_strategy="no",
+        **JOB.get("more", {}),
     )
     watch_generation()
+    held_out = [row["prompt"] for row in rows(JOB["held_out"])] if "held_out" in JOB else []
 
-    def told() -> dict[str, Any]:
+    def told(step: int) -> dict[str, Any]:
         global generating
         phases, generating = {"rollout": generating}, 0.0
-        return {"reply_tokens": reply_tokens(tokenizer.eos_token_id), "phases": phases}
+        said = {"step": step, "reply_tokens": reply_tokens(tokenizer.eos_token_id), "phases": phases}
+        return said | ({"evaluations": [evaluation(step)]} if held_out and step % JOB["evaluate_every"] == 0 else {})
 
-    scalar = {"num_labels": 1}
-    PPOTrainer(
+    def evaluation(step: int) -> dict[str, float]:
+        from _evaluation import evaluate
+
+        policy, samples = trainer.accelerator.unwrap_model(trainer.model).policy, JOB["samples"]
+        found = evaluate(policy, trainer.ref_model, tokenizer, held_out, samples, JOB["reply_tokens"])
+        return {"step": step} | found
+
+    turns, scalar = StepTurns(told), {"num_labels": 1}
+    trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
         model=load(AutoModelForCausalLM, JOB["policy"]),
@@ -77,8 +86,11 @@ def main() -> None:
         value_model=load(AutoModelForSequenceClassification, JOB["reward"], **scalar),
         train_dataset=prompts,
         eval_dataset=prompts.select(range(2)),  # asked for, and not used without sample generations
-        callbacks=[StepTurns(told)],
-    ).train()
+        callbacks=[turns],
+    )
+    turns.turns.begin()
+    trainer.train()
+    turns.turns.end(evaluations=[])
 
 
 main()

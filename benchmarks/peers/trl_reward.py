@@ -38,7 +38,7 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_dict({f"{side}_ids": ids(side) for side in ("chosen", "rejected")}),
         processing_class=tokenizer,
-        callbacks=[StepTurns(lambda: {"tokens": tokens[0]})],
+        callbacks=[StepTurns(lambda _: {"tokens": tokens[0]})],
     ).train()
 
 

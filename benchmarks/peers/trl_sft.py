@@ -37,7 +37,7 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         processing_class=tokenizer,
-        callbacks=[StepTurns(lambda: {"tokens": tokens[0]})],
+        callbacks=[StepTurns(lambda _: {"tokens": tokens[0]})],
     ).train()
 
 
