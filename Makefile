@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One process a core, each taking a file of tests (or a class of one) whole, so that what it sets up is set up once.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 PEERS := .venv-trl-1.12/.installed .venv-trl-1.16/.installed
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/_% benchmarks/table.py,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test check slow soak bench clean
 

@@ -29,6 +29,8 @@ class Side:
     name: str
     command: Sequence[str | Path]
     steps: int = 1
+    launcher: bool = False
+    """Whether the process is the one that starts those of a stage."""
     turns: list[Turn] = field(default_factory=list)
     warm_up: list[Turn] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
@@ -52,9 +54,11 @@ class Side:
         (self.turns if counts else self.warm_up).append(together(steps))
 
     def stop(self) -> None:
-        """At once: what a run writes at its end is no part of a turn."""
+        """At once: what a run writes at its end is no part of a turn. A launcher ends by itself when its stage has gone."""
         if self.process:
-            self.process.kill()
+            self._pipe("stdin").close()
+            if not self.launcher:
+                self.process.kill()
             self.process.wait()
 
     def _next(self) -> Turn:
@@ -131,10 +135,13 @@ def best(found: Sequence[dict[str, Any]], unit: str) -> dict[str, Any]:
     return result | ({f"{unit}_per_cpu_s_at_other_micro": others} if others else {})
 
 
-def stage(name: str, stage: str, fields: Mapping[str, Any], more: Sequence[str] = (), steps: int = 1) -> Side:
+def stage(
+    name: str, stage: str, fields: Mapping[str, Any], more: Sequence[str] = (), steps: int = 1, processes: int = 1
+) -> Side:
     """One of our stages, as its users run it but for the turns."""
     flags = [f"--{field}={value}" for field, value in fields.items()]
-    return Side(name, [sys.executable, HERE / "_stage.py", stage, *flags, *more], steps)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return Side(name, [sys.executable, *launcher, HERE / "_stage.py", stage, *flags, *more], steps, processes > 1)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -28,6 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True} | COMMON,
 }  # fmt: skip
 """Llamas: four million weights with a small and a large vocabulary, and SmolLM2-135M's."""
+for _hidden in (128, 384, 512, 768):
+    _sizes = {"hidden_size": _hidden, "intermediate_size": 43 * _hidden // 16, "num_attention_heads": _hidden // 32}
+    SHAPES[f"tiny-h{_hidden}"] = SHAPES["tiny"] | _sizes | {"num_key_value_heads": _hidden // 32}
 NEVER = 1e-9
 RANK = 8
 

@@ -1,90 +1,76 @@
-"""What one base for all roles saves: peak memory of a PPO run of one iteration, roles.mode `adapters` against `separate`.
+"""Peak memory of PPO: roles.mode `adapters` against `separate`, and `separate` against TRL 1.12's PPOTrainer.
 
-The model is a Llama of SmolLM2-135M's shape, random weights in float32; actor and critic have LoRA of rank 8, the reward model
-is an adapter on the same base. 4 prompts of 16 tokens, replies of 16, micro-batches of 1, gradient checkpointing as in
-configs/ppo.yaml. Each run is a process of its own, one after the other; its peak is ru_maxrss from the imports to the saved
-result. Prints one JSON line.
+The models are Llamas of SmolLM2-135M's shape, random weights in float32. 4 prompts of 16 tokens, replies of 16, micro-batches
+of 1, gradient checkpointing as in configs/ppo.yaml; one thread. `adapters` and `separate` have LoRA of rank 8 and a reward
+model that is an adapter on the same base; `separate_without_lora` and `trl` train all weights of actor and critic and have a
+reward model of its own weights. Each run is a process of its own, one after the other; its peak is ru_maxrss from the imports
+to the end of its second iteration. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import random
 import tempfile
 from pathlib import Path
 
-SHAPE = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-         "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 1,
-         "pad_token_id": 0}  # fmt: skip
-PROMPTS, PROMPT_TOKENS, REPLY_TOKENS, MICRO_BATCH, RANK = 4, 16, 16, 1, 8
+from _machine import machine
+from _peers import add_peer_option, peer, require
+from _sides import Side, stage, take_turns
+from _world import RANK, SHAPES, models, words, write_rows
 
-LORA = f"--lora.rank={RANK}"
+RELEASE, SHAPE = "trl-1.12", "smollm2"
+PROMPTS, PROMPT_TOKENS, REPLY_TOKENS = 4, 16, 16
+LORA = {"lora.rank": RANK}
 RUNS = {
-    "adapters": ("--roles.mode=adapters", LORA),
-    "separate": ("--roles.mode=separate", LORA),
-    "separate_without_lora": ("--roles.mode=separate",),
+    "adapters": ({"roles.mode": "adapters"} | LORA, "reward-adapter"),
+    "separate": ({"roles.mode": "separate"} | LORA, "reward-adapter"),
+    "separate_without_lora": ({"roles.mode": "separate"}, "reward"),
 }
-STAGE = Path(__file__).parents[1] / "stages" / "ppo.py"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, help="where to work (default: the system's temporary directory)")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.write:
-        write_models(arguments.write)
-        return
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
-        subprocess.run([sys.executable, __file__, "--write", place], check=True)
-        peaks = {name: peak(Path(place), name, options) for name, options in RUNS.items()}
-    ratio = round(peaks["adapters"] / peaks["separate"], 3)
-    print(json.dumps({"benchmark": "memory", "peak_mib": peaks, "adapters_over_separate": ratio}))
+    parser.add_argument("--directory", type=Path, help="where to work; models found there are used again (default: temporary)")
+    parser.add_argument("--modes", nargs="+", choices=[*RUNS, "trl"], default=[*RUNS, "trl"])
+    add_peer_option(parser, RELEASE)
+    asked = parser.parse_args()
+    versions = require(asked.peer, RELEASE) if "trl" in asked.modes else {}
+    with tempfile.TemporaryDirectory(prefix="memory-", dir=asked.directory) as place:
+        sides = prepared(asked.directory or Path(place), Path(place), asked.peer)
+        peaks = {name: peak(sides[name], Path(place)) for name in asked.modes}
+    ratios = {"adapters_over_separate": ("adapters", "separate"), "separate_over_trl": ("separate_without_lora", "trl")}
+    found = {name: round(peaks[one] / peaks[other], 3) for name, (one, other) in ratios.items() if {one, other} <= {*peaks}}
+    told = {"benchmark": "memory", "peak_mib": peaks} | found | {"peer_versions": versions, "machine": machine()}
+    print(json.dumps(told))
 
 
-def write_models(place: Path) -> None:
-    """model/, and rm/ as an adapter on it, over the tokenizer of the tests."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from rlhf.config.sections import Lora
-    from rlhf.models.load import Loading, load_scalar
-    from rlhf.models.lora import add_lora
-    from rlhf.models.save import save_model
-    from rlhf.models.source import resolve
-    from rlhf.training.tiny import WORDS, write_tiny_model
-
-    write_tiny_model(place / "tiny", seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(place / "tiny" / "model", trust_remote_code=False)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-    trunk, base = load_scalar(str(place / "model"), Loading(), new_head=True), resolve(str(place / "model"))
-    save_model(add_lora(trunk, base, Lora(rank=RANK), scalar=True, seed=0), place / "rm", tokenizer)
-    prompt = {"prompt": " ".join(WORDS[index % len(WORDS)] for index in range(PROMPT_TOKENS))}
-    (place / "prompts.jsonl").write_text(f"{json.dumps(prompt)}\n" * PROMPTS)
-
-
-def peak(place: Path, name: str, options: tuple[str, ...]) -> int:
-    """MiB"""
+def prepared(kept: Path, place: Path, python: Path) -> dict[str, Side]:
+    directory, chance = models(kept, SHAPE), random.Random(0)
+    prompt = words(chance, PROMPT_TOKENS, SHAPES[SHAPE]["vocab_size"])
+    data = write_rows(place / "prompts.jsonl", ({"prompt": prompt} for _ in range(4 * PROMPTS)))
     fields = {
-        "actor": place / "model", "critic": "zero", "reward": place / "rm", "data": place / "prompts.jsonl", "threads": 1,
-        "gradient_checkpointing": "true",
-        "output": place / name, "schedule.length": 1, "checkpoint.every": 0, "micro_batch_size": MICRO_BATCH, "ppo.epochs": 1,
-        "rollout.batch_size": PROMPTS, "ppo.minibatch_size": PROMPTS, "rollout.max_new_tokens": REPLY_TOKENS,
-        "rollout.generation_batch_size": MICRO_BATCH,
+        "actor": directory / "policy", "critic": "zero", "data": data, "threads": 1, "gradient_checkpointing": "true",
+        "schedule.length": 1000, "checkpoint.every": 0, "micro_batch_size": 1, "ppo.epochs": 1, "rollout.batch_size": PROMPTS,
+        "ppo.minibatch_size": PROMPTS, "rollout.max_new_tokens": REPLY_TOKENS, "rollout.generation_batch_size": 1,
     }  # fmt: skip
-    command = [sys.executable, str(STAGE), *(f"--{field}={value}" for field, value in fields.items()), *options]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert child.stderr is not None
-    errors = child.stderr.read().decode()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        sys.exit(errors)
-    return usage.ru_maxrss // 1024
+    sides = {
+        name: stage(name, "ppo", fields | own | {"reward": directory / reward, "output": place / name})
+        for name, (own, reward) in RUNS.items()
+    }
+    job = {
+        "policy": directory / "policy", "reward": directory / "reward", "data": data, "threads": 1, "precision": "fp32",
+        "gradient_checkpointing": True, "batch_size": PROMPTS, "micro_batch_size": 1, "rollout_batch_size": 1, "epochs": 1,
+        "reply_tokens": REPLY_TOKENS, "stops": False, "kl_coef": 0.05, "lr": 1e-6,
+    }  # fmt: skip
+    return sides | {"trl": peer("trl", python, "trl_ppo.py", job, place)}
+
+
+def peak(side: Side, place: Path) -> int:
+    """MiB"""
+    take_turns([side], place, threads=1, repeats=1, warm_up=1)
+    return max(turn["peak_mib"] for turn in side.turns)
 
 
 if __name__ == "__main__":

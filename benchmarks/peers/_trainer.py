@@ -21,7 +21,7 @@ PLAIN = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "gradient
 
 def arguments(kind: Any, **more: Any) -> Any:
     """TrainingArguments that write nothing and train in the job's precision."""
-    return kind(output_dir=tempfile.mkdtemp(), bf16=JOB["precision"] == "bf16", **PLAIN, **more)
+    return kind(output_dir=tempfile.mkdtemp(), bf16=JOB["precision"] == "bf16", **(PLAIN | more))
 
 
 def load(kind: Any, directory: str, **more: Any) -> Any:

@@ -48,7 +48,7 @@ def main() -> None:
         PPOConfig,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
-        local_rollout_forward_batch_size=batch,
+        local_rollout_forward_batch_size=JOB.get("rollout_batch_size", batch),
         total_episodes=batch * JOB.get("length", 1000),
         num_ppo_epochs=JOB["epochs"],
         response_length=JOB["reply_tokens"],
@@ -77,13 +77,18 @@ def main() -> None:
         return {"step": step} | found
 
     turns, scalar = StepTurns(told), {"num_labels": 1}
+    policy = load(AutoModelForCausalLM, JOB["policy"])
+    value = load(AutoModelForSequenceClassification, JOB["reward"], **scalar)
+    if JOB.get("gradient_checkpointing"):  # PPOTrainer's own argument of this name reaches no model
+        policy.gradient_checkpointing_enable()
+        value.gradient_checkpointing_enable()
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
-        model=load(AutoModelForCausalLM, JOB["policy"]),
+        model=policy,
         ref_model=load(AutoModelForCausalLM, JOB["policy"]),
         reward_model=load(AutoModelForSequenceClassification, JOB["reward"], **scalar),
-        value_model=load(AutoModelForSequenceClassification, JOB["reward"], **scalar),
+        value_model=value,
         train_dataset=prompts,
         eval_dataset=prompts.select(range(2)),  # asked for, and not used without sample generations
         callbacks=[turns],
