@@ -124,10 +124,10 @@ def curve(side: Side) -> list[dict[str, float]]:
     spent = [0.0]
     for step in steps:
         spent.append(spent[-1] + step["cpu_s"])
-    points = [point for step in steps for point in step.get("evaluations", [])]
+    points = {point["step"]: point for step in steps for point in step.get("evaluations", [])}
     return [
-        {"cpu_s": round(spent[point["step"]], 3), "iteration": point["step"], "helpful": point["helpful"], "kl": point["kl"]}
-        for point in points
+        {"cpu_s": round(spent[step], 3), "iteration": step, "helpful": point["helpful"], "kl": point["kl"]}
+        for step, point in points.items()
     ]
 
 
