@@ -55,7 +55,8 @@ class PpoSchedule(Schedule):
 
 class SftData(TextReading, TrainingFiles):
     packing: bool = False
-    """Put several rows into one sequence of `max_length`; attention and positions do not cross rows."""
+    """Count `batch_size` and `micro_batch_size` in packs, each as many rows as `max_length` tokens hold, and not in rows: steps of
+    like size. Rows do not see each other."""
 
 
 class PromptData(Data):
@@ -148,11 +149,6 @@ class SftConfig(Stage):
             raise ValueError(
                 "lora.merge must be true with model.from_scratch: an adapter's random base would lie nowhere on disk"
             )
-        if self.data.packing and self.attention == "flash_attention_2" and self.micro_batch_size > 1:
-            raise ValueError(
-                "micro_batch_size must be 1 with data.packing and attention `flash_attention_2`: "
-                "it keeps packed rows apart in a batch of one sequence only"
-            )
         return self
 
 
@@ -236,7 +232,7 @@ class Rollout(Section):
     max_new_tokens: Count = 128
     """Longest reply, in tokens."""
     generation_batch_size: Count = 64
-    """Replies one process samples at a time; memory and speed only."""
+    """Replies one process samples at a time; one that has ended makes room for the next prompt. Memory and speed only."""
     temperature: Positive = 1.0
     """Logits are divided by it, here and everywhere log-probabilities are computed."""
     top_k: Annotated[int, Field(ge=0)] = 0

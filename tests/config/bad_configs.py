@@ -162,7 +162,7 @@ STAGE_CASES = [
     ("rm", ["--data.json_key=text"], "--data.json_key: unknown flag"),
     ("ppo", ["--data.columns.answer=a"], "data.columns.answer: no field of prompt data"),
     ("sft", ["--model.from_scratch", "--lora.rank=4"], "lora.merge must be true with model.from_scratch"),
-    ("sft", ["--data.packing", "--attention=flash_attention_2"], "micro_batch_size must be 1 with data.packing"),
+    ("sft", ["--compile", "--fp8.recipe=block"], "compile must be false with fp8.recipe other than `none`"),
     ("sft", ["--precision=fp64", "--fp8.recipe=block"], "fp8.recipe must be `none` with precision `fp64`"),
     ("sft", ["--fp8.recipe=block", "--fp8.margin=1"], "margin has no meaning with recipe block"),
     ("sft", ["--fp8.recipe=block", "--fp8.probe.every=5"], "steps 100 must be at most every 5"),
