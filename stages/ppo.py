@@ -96,7 +96,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
-        engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size)
+        engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size, train.note)
         engine.sync(policy, version=train.step_done)
 
         def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:

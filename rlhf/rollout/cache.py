@@ -8,7 +8,6 @@ DynamicCache copies the whole of itself at each token (`torch.cat`), and its row
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,23 +172,23 @@ class BatchCache(DynamicCache):
 def cache_for(model: Any, slots: int, longest_reply: int) -> SlotCache | BatchCache:
     """Of a `...ForCausalLM`, which may not be wrapped in anything.
 
-    Warns where the model keeps what a `SlotCache` has no place for: transformers names the kind of cache of every layer, and
-    code from outside it was written against DynamicCache.
-
     Raises:
         DataError: the model cannot go on from a cache of transformers' at all; it would begin anew at each token.
     """
-    name = type(model).__name__
     if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        name = type(model).__name__
         raise DataError(f"{name}: cannot be sampled from; expected a model whose forward takes `past_key_values`")
+    return BatchCache(model.config, slots) if why_in_batches(model) else SlotCache(model.config, slots, longest_reply)
+
+
+def why_in_batches(model: Any) -> str | None:
+    """What a `SlotCache` has no place for: transformers names the kind of cache of every layer, and code from outside it was
+    written against DynamicCache. None: it has a place for all."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kinds:
-        why = f"its layers keep a {', a '.join(sorted(kind.__name__ for kind in kinds))}"
-    elif model._is_stateful:
-        why = "it keeps a state beside keys and values"
-    elif not type(model).__module__.startswith("transformers."):
-        why = f"its code, {type(model).__module__}, is not of transformers"
-    else:
-        return SlotCache(model.config, slots, longest_reply)
-    warnings.warn(f"{name}: {why}, so prompts wait until all replies of a batch have ended", stacklevel=2)
-    return BatchCache(model.config, slots)
+        return f"its layers keep a {', a '.join(sorted(kind.__name__ for kind in kinds))}"
+    if model._is_stateful:
+        return "it keeps a state beside keys and values"
+    if not type(model).__module__.startswith("transformers."):
+        return "its code is not of transformers"
+    return None

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rlhf.models.actor_critic import unwrapped
+from rlhf.rollout.cache import why_in_batches
 from rlhf.rollout.decoding import Reply, complete
 from rlhf.rollout.sampling import Sampling
 
@@ -45,10 +47,13 @@ class Engine(Protocol):
 class NativeEngine:
     """Samples from the very module that is trained, with a KV cache; a row that has ended makes room for a waiting prompt."""
 
-    def __init__(self, gather: Gather, stop_ids: Sequence[int], pad_id: int, slots: int) -> None:
-        """`slots`: rows sampled at a time."""
+    def __init__(
+        self, gather: Gather, stop_ids: Sequence[int], pad_id: int, slots: int, note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`slots`: rows sampled at a time; `note` is told, once, if rows cannot come and go."""
         self.gather, self.stop_ids, self.pad_id, self.slots = gather, frozenset(stop_ids), pad_id, slots
         self.weights, self.version = None, -1
+        self.note: Callable[[str], None] | None = note
 
     def sync(self, weights: nn.Module, version: int) -> None:
         """Nothing is copied: the module is the one in training."""
@@ -60,9 +65,15 @@ class NativeEngine:
         assert self.weights is not None, "sync comes before generate"
         replies = [Reply(prompt, seed) for prompt, seed in zip(prompts, row_seeds, strict=True)]
         with self.gather(self.weights) as policy:
+            self._tell(unwrapped(policy.actor))
             policy.eval()  # in training mode transformers drops the cache when it checkpoints gradients
             complete(policy.actor, replies, sampling, self.stop_ids, self.pad_id, self.slots)
             policy.train()
         responses = [reply.tokens for reply in replies]
         finished = [response[-1] in self.stop_ids for response in responses]
         return Samples(list(prompts), responses, [reply.logprobs for reply in replies], finished, self.version)
+
+    def _tell(self, model: nn.Module) -> None:
+        if self.note is not None and (why := why_in_batches(model)):
+            self.note(f"sampling: {type(model).__name__}: {why}, so prompts wait until all replies of a batch have ended")
+        self.note = None

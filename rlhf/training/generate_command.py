@@ -38,7 +38,7 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
     roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
 
     ids, seeds = [prompt.ids for prompt in prompts], row_seeds(config.seed, [prompt.index for prompt in prompts])
-    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size)
+    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size, console.note)
     engine.sync(roles.policy, version=0)
     sampling = Sampling(config.max_new_tokens, config.temperature)
     replies: dict[str, list[tuple[str, bool]]] = {}

@@ -65,8 +65,8 @@ def model_of(family: str, **changes: Any) -> nn.Module:
     return (model if "num_experts_per_tok" in settings else model.double()).eval()  # experts come in float32 and less
 
 
-def sampled(model: nn.Module, slots: int, prompts=PROMPTS, sampling: Sampling = SAMPLING, stop=STOP) -> Samples:
-    engine = NativeEngine(nullcontext, sorted(stop), pad_id=0, slots=slots)
+def sampled(model: nn.Module, slots: int, prompts=PROMPTS, sampling: Sampling = SAMPLING, stop=STOP, **more: Any) -> Samples:
+    engine = NativeEngine(nullcontext, sorted(stop), pad_id=0, slots=slots, **more)
     engine.sync(ActorCritic(actor=model), version=0)
     return engine.generate(prompts, sampling, SEEDS[: len(prompts)])
 
@@ -170,9 +170,12 @@ def test_autocast_keeps_what_attention_would_have_made_of_it():
 @pytest.mark.parametrize("family", WITH_STATES)
 def test_a_model_that_keeps_a_state_says_so_and_waits_for_the_batch(family):
     model = model_of(family)
-    with pytest.warns(UserWarning, match=r"its layers keep a LinearAttentionLayer, so prompts wait until all replies"):
-        samples = sampled(model, 3)
+    told: list[str] = []
+    samples = sampled(model, 3, note=told.append)
     assert samples.responses == expected(model)
+    assert [line.partition(": ")[2].partition(": ")[2] for line in told] == [
+        "its layers keep a LinearAttentionLayer, so prompts wait until all replies of a batch have ended"
+    ]
 
 
 def test_a_model_without_a_cache_of_transformers_is_refused():
