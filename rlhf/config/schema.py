@@ -55,8 +55,8 @@ class PpoSchedule(Schedule):
 
 class SftData(TextReading, TrainingFiles):
     packing: bool = False
-    """Count `batch_size` and `micro_batch_size` in packs, not in rows: as many rows as `max_length` tokens hold, which makes steps
-    of like size. Rows do not see each other."""
+    """Count `batch_size` and `micro_batch_size` in packs, not in rows: as many rows as `max_length` tokens hold, which makes
+    steps of like size. Rows do not see each other."""
 
 
 class PromptData(Data):
