@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,12 +54,11 @@ class AdaptedBase(ActorCritic):
         """Actor or reference give the log-probabilities, critic or reward the values: at most one of each in one call."""
         logprobs = values = None
         for role in roles:
-            with self.active(role):
-                trunk = Trunk(unwrapped(self.base), batch)
-                if role in self.heads:
-                    values = self.heads[role](trunk.hidden).squeeze(-1)
-                else:
-                    logprobs = trunk.logprobs(temperature)
+            trunk = Trunk(unwrapped(self.base), batch, active=partial(self.active, role))
+            if role in self.heads:
+                values = self.heads[role](trunk.hidden).squeeze(-1)
+            else:
+                logprobs = trunk.logprobs(temperature)
         return Output(logprobs, values)
 
     @property

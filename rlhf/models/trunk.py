@@ -7,8 +7,8 @@ of our own take sdpa's place; models and attention implementations it cannot ser
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -106,14 +106,26 @@ def compile_layers(model: PreTrainedModel, frozen: int) -> None:
 
 
 class Trunk:
-    """One pass of a batch through a model's trunk; `lower`: its frozen layers, where they are others' too."""
+    """One pass of a batch through a model's trunk.
 
-    def __init__(self, model: PreTrainedModel, batch: TokenBatch, lower: FrozenLower | None = None) -> None:
-        self.model, self.batch = model, batch
+    Args:
+        lower: its frozen layers, where they are others' too.
+        active: what the model is in while it computes, also when the backward pass has it compute again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: TokenBatch,
+        lower: FrozenLower | None = None,
+        active: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.batch, self.active = model, batch, active
         self.trunk: Any = model.get_decoder()
         attention: Any = model.config._attn_implementation
         inputs, places = _laid_out(batch, attention)
         with ExitStack() as around:
+            around.enter_context(active())
             if attention == BY_SEGMENTS:
                 around.callback(_without_mask.reset, _without_mask.set(True))
                 around.enter_context(lower.applied(batch) if lower is not None else nullcontext())
@@ -132,7 +144,7 @@ class Trunk:
 
     def _logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         # The model's own forward from the trunk's end on: what it does to logits after the head (scale, soft cap) is in it.
-        with _standing_in(self.trunk, type(self.output)(**{**self.output, "last_hidden_state": hidden[None]})):
+        with self.active(), _standing_in(self.trunk, type(self.output)(**{**self.output, "last_hidden_state": hidden[None]})):
             logits = self.model(input_ids=targets[None], use_cache=False, return_dict=True).logits
         return token_logprobs(logits[0], targets, temperature)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config.schema import PpoConfig
 from rlhf.data.collate import TokenBatch, reply_row, token_batch
 from rlhf.errors import DataError
+from rlhf.models import trunk
 from rlhf.models.actor_critic import ActorCritic, role_of
 from rlhf.models.load import Loading, load_actor, load_scalar
 from rlhf.models.lora import write_base
@@ -128,6 +129,26 @@ def test_one_base_is_bases_of_their_own(kind, checkpointing, sources):
     for place, gradient in expected.items():
         assert torch.allclose(found[place], gradient, rtol=0, atol=1e-10), place
     assert any(gradient.abs().max() > 1e-3 for place, gradient in expected.items() if place[0] == "critic")
+
+
+def test_logits_in_parts_are_computed_again_by_the_adapter_that_was_active(sources, monkeypatch):
+    """An LM head with an adapter, recomputed in a backward pass that began with another role's."""
+    found = []
+    for at_once in (trunk.LOGITS_AT_ONCE, 2 * SIZES["vocab_size"]):
+        monkeypatch.setattr(trunk, "LOGITS_AT_ONCE", at_once)
+        policy = opened(sources, "llama", critic="zero", targets="q_proj,lm_head").policy
+        torch.manual_seed(0)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        output = policy(batch())
+        with policy.active("critic"):
+            (output.logprobs.square().sum() + output.values.square().sum()).backward()
+        found.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    whole, parts = found
+    assert any("lm_head" in name for name in whole)
+    assert whole.keys() == parts.keys()
+    assert all(torch.allclose(whole[name], parts[name], rtol=0, atol=1e-12) for name in whole)
 
 
 def test_what_is_trained(sources):
