@@ -204,9 +204,10 @@ class Data(Reading, TrainingFiles):  # the fields of the last come first
 
 
 class FrozenCache(Section):
-    limit_mib: Annotated[int, Field(ge=0)] = 4096
+    limit_mib: Annotated[int, Field(ge=0)] = 1024
     """With frozen_layers: memory of each process, in MiB, for what the frozen layers made of an iteration's rows, which is then
-    computed once for all roles and epochs; what does not fit is computed again each time. 0: nothing is kept."""
+    computed once for all roles and epochs; what does not fit, and rows that another process had before, are computed again.
+    0: nothing is kept."""
     dtype: Literal["same", "bf16"] = "same"
     """bf16: half the memory; the layers above then get activations rounded to it, from the first time on."""
     place: Literal["device", "host"] = "device"

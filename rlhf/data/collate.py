@@ -84,6 +84,8 @@ def token_batch(rows: Iterable[Row], share_prompts: bool = True) -> TokenBatch:
         add(reply, prompts[tuple(prompt)]) if shared else add([*prompt, *reply])
         whole = [*prompt, *reply, 0]
         for place in places:
+            if place < 0:
+                raise ValueError("nothing stands before the first token of a row: its prompt is empty")
             read.append(begins + place if place < len(prompt) else continues + place - len(prompt))
             targets.append(whole[place + 1])
     tokens = tuple(tuple(ids[start : start + length]) for start, length, _ in segments)

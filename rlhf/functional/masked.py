@@ -14,12 +14,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
-def position_ids(mask: Shaped[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Position of each token among the real tokens of its row; pads on the left get 0."""
-    mask = mask.long()
-    return mask.cumsum(dim=-1) - mask
-
-
 def last_index(mask: Shaped[Tensor, "B L"]) -> Int[Tensor, " B"]:
     """Index of the last real token of each row, wherever the pads are; 0 for a row without one."""
     indices = torch.arange(mask.shape[-1], device=mask.device)

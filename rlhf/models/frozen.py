@@ -69,9 +69,9 @@ Key = tuple[tuple[int, ...], tuple[int, ...]]
 """(tokens before a segment, its own): on these alone depends what frozen layers make of it."""
 
 
-def forget_rows(model: nn.Module) -> None:
+def forget_rows(*models: nn.Module) -> None:
     """At the start of an iteration: rows that come again were computed among others, which a resumed run does not know."""
-    for part in model.modules():
+    for part in (part for model in models for part in model.modules()):
         for lower in getattr(part, "lower", {}).values():
             lower.forget()
 
@@ -79,8 +79,8 @@ def forget_rows(model: nn.Module) -> None:
 class FrozenLower:
     """Frozen layers that roles have in common, with what they made of the rows since `forget`.
 
-    A batch is computed whole, or not at all: if any of its segments is unknown. What was computed for one batch is equal to
-    the bit to computing it again; for a batch of other rows but for what a matrix product's rounding owes to its size.
+    A batch is computed whole, or not at all: if any of its segments is unknown. What was computed in one batch is equal to the
+    bit to computing that batch again; to computing the row among others, but for what a product's rounding owes to its size.
     """
 
     def __init__(self, layers: Sequence[nn.Module], cache: FrozenCache) -> None:
@@ -112,13 +112,19 @@ class FrozenLower:
             yield
 
     def _keep(self, output: Any, keys: Sequence[Key], batch: TokenBatch) -> Any:
-        """Where less than the activations themselves is kept, that is what the layers above get from the first."""
-        self.dtype = output.dtype
-        rounded = output.to(torch.bfloat16) if self.cache.dtype == "bf16" else output
+        """What the layers above get is what they get the next time: what is known already, and what is kept of the rest."""
+        self.dtype, parts = output.dtype, []
         for key, (start, length, _) in zip(keys, batch.segments, strict=True):
-            part = rounded[0, start : start + length].detach()
-            part = part.to("cpu", copy=True) if self.cache.place == "host" else part.clone()
-            if key not in self.kept and self.kept_bytes + part.nbytes <= self.limit_bytes:
-                self.kept[key] = part
-                self.kept_bytes += part.nbytes
-        return rounded.to(output.dtype)
+            part = self.kept.get(key)
+            if part is None:
+                part = output[0, start : start + length].detach()
+                part = part.to(
+                    "cpu" if self.cache.place == "host" else part.device,
+                    torch.bfloat16 if self.cache.dtype == "bf16" else part.dtype,
+                    copy=True,
+                )
+                if self.kept_bytes + part.nbytes <= self.limit_bytes:
+                    self.kept[key] = part
+                    self.kept_bytes += part.nbytes
+            parts.append(part)
+        return torch.cat(parts)[None].to(output.device, output.dtype)

@@ -26,7 +26,7 @@ from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
 from rlhf.models.source import resolve
-from rlhf.models.trunk import compile_layers
+from rlhf.models.trunk import BY_SEGMENTS, compile_layers
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 """Dtype of the weights by `precision`; bf16 computes under autocast over fp32 master weights."""
@@ -176,7 +176,9 @@ def _share_frozen_layers(roles: Roles, config: PpoConfig) -> str:
     """One lower part for the actor and all who have the same; returns who has it, in words."""
     count, shared, own = config.frozen_layers, ["actor"], []
     lower = FrozenLower(lower_layers(roles.actor, count), config.frozen_cache)
-    roles.policy.lower["actor"] = lower
+    keeps = config.frozen_cache.limit_mib > 0 and unwrapped(roles.actor).config._attn_implementation == BY_SEGMENTS
+    if keeps:
+        roles.policy.lower["actor"] = lower
     others = {
         "reference": (roles.reference and roles.reference.model, "actor"),
         "critic": (roles.policy, "critic"),
@@ -188,11 +190,17 @@ def _share_frozen_layers(roles: Roles, config: PpoConfig) -> str:
             continue
         if share_lower(part, roles.actor, count):
             shared.append(name)
-            model.lower[role] = lower
+            if keeps:
+                model.lower[role] = lower
         else:
             own.append(name)
     apart = f"; other weights, so a copy of their own: {', '.join(own)}" if own else ""
-    return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}"
+    kept = (
+        f"what they make of a row is computed once an iteration and kept, {config.frozen_cache.limit_mib} MiB of it at most"
+        if keeps
+        else "what they make of a row is computed each time (frozen_cache.limit_mib is 0, or rows are not in one sequence)"
+    )
+    return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}; {kept}"
 
 
 def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:

@@ -21,14 +21,21 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.collate import Segment, TokenBatch
+from rlhf.errors import DataError
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.models.frozen import FrozenLower, lower_layers
 
 BY_SEGMENTS = "sdpa_by_segments"
 """Name of our attention among transformers' implementations."""
 
-PURE_ATTENTION = {"full_attention", "sliding_attention"}
-"""Layer types whose tokens meet in the attention function and nowhere else (not in a convolution, nor in a state)."""
+WINDOWED = {"gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2"}
+"""Kinds of models that hand the width of a sliding window to the attention function."""
+BY_ATTENTION_ALONE = WINDOWED | {
+    "cohere", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "llama", "olmo", "olmo2", "opt", "phi",
+    "qwen2_moe", "qwen3_moe", "smollm3",
+}  # fmt: skip
+"""Kinds whose tokens meet in the attention function and nowhere else, which no flag of transformers tells for sure: some build
+masks of their own, some have convolutions or states. Each is compared with plain forwards in tests/models/test_trunk.py."""
 
 LOGITS_AT_ONCE = 2**26
 """Elements, 256 MiB in float32. More are computed in parts, and again in the backward pass: they never exist together."""
@@ -47,6 +54,8 @@ def segment_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(1, S, heads, dim) from query (1, heads, S, dim), key and value. Without `segments`, as when sampling, it is sdpa."""
+    if segments is not None and attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} has a mask of its own, which segments do not know of")
     if segments is None:
         if _without_mask.get():
             raise ValueError(f"{type(module).__name__} was not handed the segments: rows would see each other")
@@ -65,7 +74,7 @@ def segment_attention(
         if parent is not None:
             own_key, own_value = torch.cat([parts[1][parent], own_key], 2), torch.cat([parts[2][parent], own_value], 2)
         found.append(_attend(own_query, own_key, own_value, scaling, sliding_window))
-    return torch.cat(found, 2).transpose(1, 2), None
+    return torch.cat(found, 2).transpose(1, 2).contiguous(), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -93,10 +102,15 @@ AttentionMaskInterface.register(BY_SEGMENTS, _mask)  # pyright: ignore[reportArg
 
 def attend_by_segments(model: PreTrainedModel) -> None:
     """Puts our attention in place of sdpa, if the model hands all that mixes tokens to the attention function."""
-    config = model.config.get_text_config()
-    types = set(getattr(config, "layer_types", None) or ())
-    if model._supports_attention_backend and model._supports_sdpa and not model._is_stateful and types <= PURE_ATTENTION:
+    if takes_one_sequence(model):
         model.set_attn_implementation(BY_SEGMENTS)
+
+
+def takes_one_sequence(model: PreTrainedModel) -> bool:
+    """Whether rows in one sequence can be kept apart by attention."""
+    config: Any = model.config
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
+    return config.model_type in (WINDOWED if windows else BY_ATTENTION_ALONE)
 
 
 def compile_layers(model: PreTrainedModel, frozen: int) -> None:
@@ -121,15 +135,19 @@ class Trunk:
         active: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model, self.batch, self.active = model, batch, active
-        self.trunk: Any = model.get_decoder()
+        decoder = model.get_decoder()
+        self.trunk: Any = decoder if isinstance(decoder, PreTrainedModel) else getattr(model, model.base_model_prefix)
         attention: Any = model.config._attn_implementation
-        inputs, places = _laid_out(batch, attention)
+        one_sequence = attention == "flash_attention_2" and takes_one_sequence(model)
+        inputs, places = _by_segments(batch) if attention == BY_SEGMENTS else _by_rows(batch, one_sequence)
         with ExitStack() as around:
             around.enter_context(active())
             if attention == BY_SEGMENTS:
                 around.callback(_without_mask.reset, _without_mask.set(True))
                 around.enter_context(lower.applied(batch) if lower is not None else nullcontext())
             self.output = self.trunk(**inputs, use_cache=False, return_dict=True)
+        if "last_hidden_state" not in self.output:
+            raise DataError(f"{type(model).__name__} cannot be trained here: its trunk gives {type(self.output).__name__}")
         hidden: Tensor = self.output.last_hidden_state
         self.hidden = hidden.flatten(0, 1)[places]
         """(K, D) what the heads read"""
@@ -137,6 +155,8 @@ class Trunk:
     def logprobs(self, temperature: float) -> Tensor:
         """(K,) of the batch's targets under the model's own LM head."""
         at_once = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            at_once = max(1, len(self.hidden))  # ZeRO-3 gathers a head at each call of it, and ranks read at different numbers
         parts = list(zip(self.hidden.split(at_once), self.batch.targets.split(at_once), strict=True))
         if len(parts) == 1:
             return self._logprobs(*parts[0], temperature)
@@ -152,25 +172,29 @@ class Trunk:
 @contextmanager
 def _standing_in(trunk: nn.Module, output: Any) -> Iterator[None]:
     """In here the trunk gives this output, whatever it is called with."""
-    calls = []
+    calls, before = [], trunk.__dict__.get("forward")
     trunk.forward = lambda *_, **__: calls.append(1) or output
     try:
         yield
     finally:
         del trunk.forward
+        if before is not None:  # some library's own, such as accelerate's
+            trunk.forward = before
     if not calls:
         raise NotImplementedError(
             f"the model's forward does not call its {type(trunk).__name__}, so its head cannot be read alone"
         )
 
 
-def _laid_out(batch: TokenBatch, attention: str) -> tuple[dict[str, Any], Tensor]:
+def _by_segments(batch: TokenBatch) -> tuple[dict[str, Any], Tensor]:
     """What the trunk is called with, and where in the B x L places of what it returns the heads read."""
-    if attention == BY_SEGMENTS:
-        inputs = {"input_ids": batch.ids[None], "position_ids": batch.position_ids[None], "segments": batch.segments}
-        return inputs, batch.read
+    return {"input_ids": batch.ids[None], "position_ids": batch.position_ids[None], "segments": batch.segments}, batch.read
+
+
+def _by_rows(batch: TokenBatch, one_sequence: bool) -> tuple[dict[str, Any], Tensor]:
+    """The same with every row whole: padded, or in one sequence in which position ids that start again tell them apart."""
     rows, places = _rows(batch)
-    if attention == "flash_attention_2":  # it finds the rows by position ids that start again
+    if one_sequence:
         ids, positions = torch.cat(rows)[None], torch.cat([torch.arange(len(row), device=row.device) for row in rows])[None]
         starts = [0, *torch.tensor([len(row) for row in rows]).cumsum(0).tolist()]
         return {"input_ids": ids, "position_ids": positions}, _flat(places, starts, batch)

@@ -184,8 +184,7 @@ class Training:
         self._reseed(step)
         self._started, self._times, self.stats = time.monotonic(), {}, Stats()
         self.non_finite.begin_step()
-        for model in (self.policy, *self.frozen):
-            forget_rows(model)
+        forget_rows(self.policy, *self.frozen)
         self.profiler.begin()
         yield step
         self.step_done = step + 1
@@ -303,8 +302,8 @@ class Training:
     def report(self, step: int, tokens: float, show: Sequence[str]) -> dict[str, float]:
         """Writes the step's metrics line, of what is finite; `tokens` is how many this step handled over all ranks."""
         values = finite_only(self.reduce(self.stats))
-        self.profiler.end(step)
         times = self._times | {"time/step_s": time.monotonic() - self._started}
+        self.profiler.end(step)
         for listener in self.listeners:
             listener(values)
         if self.is_main:
@@ -324,6 +323,7 @@ class Training:
         self, step: int, values: Mapping[str, float], samples: Sequence[dict[str, Any]] = ()
     ) -> dict[str, float]:
         """Writes, and returns, a metrics line of what is finite: an evaluation of the weights after `step` steps."""
+        forget_rows(self.policy, *self.frozen)
         values = self.non_finite.evaluated(step, self.gather(dict(values))[0])  # a scorer may tell each rank something else
         if self.is_main:
             self.metrics.append_once(step, values)

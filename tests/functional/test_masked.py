@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.functional.masked import Moments, last_index, masked_mean, masked_sum, position_ids, whiten
+from rlhf.functional.masked import Moments, last_index, masked_mean, masked_sum, whiten
 
 # Whitening of this, keeping its mean, is row B2; the figures are derived with numpy from the definition.
 TABLE = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], dtype=torch.float64)
@@ -26,12 +26,6 @@ TABLE_UNBIASED_FIRST_ROW = torch.tensor([0.13940661069244586, 0.5045549580193347
 
 def whiten_alone(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return whiten(x, mask, Moments.of(x, mask), shift_mean=shift_mean)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
-def test_e1_position_ids_skip_left_pads(dtype: torch.dtype) -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=dtype)
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(

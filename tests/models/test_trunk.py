@@ -20,23 +20,32 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4},
     "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-    "qwen3": {"head_dim": 8},
+    "qwen3": {"head_dim": 8, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen3_moe": {"head_dim": 8, **EXPERTS},
     "qwen2_moe": {"shared_expert_intermediate_size": 16, **EXPERTS},
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 3},
     "gemma": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2,
                     "num_hidden_layers": 4},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
     "starcoder2": {"sliding_window": 3},
-    "phi3": {},
+    "phi3": {"sliding_window": 3},
+    "phi": {},
+    "olmo": {},
     "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "gpt_neox": {},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
 }  # fmt: skip
 PADDED = {
+    "nemotron": {"head_dim": 8},
+    "qwen2_moe": {"shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": 3,
+                  "max_window_layers": 1, **EXPERTS},
     "bloom": {"n_layer": 3, "n_head": 4, "_attn_implementation": "eager"},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 3, "_attn_implementation": "eager"},
@@ -46,7 +55,7 @@ PADDED = {
 }  # fmt: skip
 SINGLE = dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "gemma2"), torch.float32)
 """Grouped products of experts know no float64; Gemma 2's masks overflow in it."""
-CAUSAL_ONLY = ("cohere", "granite")
+CAUSAL_ONLY = ("cohere", "granite", "olmo")
 ROWS = [([2, 3, 4, 5, 6], [7, 8]), ([7, 8, 9], [3, 9, 2, 2, 5]), ([2, 3, 4, 5, 6], [9]), ([11], [12, 13, 1])]
 """(prompt, reply); two have the same prompt."""
 
@@ -54,7 +63,7 @@ ROWS = [([2, 3, 4, 5, 6], [7, 8]), ([7, 8, 9], [3, 9, 2, 2, 5]), ([2, 3, 4, 5, 6
 def models(kind: str, **more: object) -> tuple[nn.Module, nn.Module | None]:
     """A causal language model, and a scalar one where the family has it, in float64, no dropout."""
     settings = {**SIZES, **more}
-    settings = {key.replace("hidden_size", "n_embd") if kind == "gpt2" else key: value for key, value in settings.items()}
+    settings = {key: value for key, value in settings.items()}
     found = []
     for factory, labels in ((AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 1})):
         if labels and kind in CAUSAL_ONLY:
@@ -89,14 +98,16 @@ def gradients(parts, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
-@pytest.mark.parametrize("kind", [*FAMILIES, *PADDED])
-def test_a_batch_is_its_rows(kind, share):
-    models_of_kind = models(kind, **{**FAMILIES, **PADDED}[kind])
+@pytest.mark.parametrize(
+    ("kind", "settings", "in_one"), [*((*one, True) for one in FAMILIES.items()), *((*one, False) for one in PADDED.items())]
+)
+def test_a_batch_is_its_rows(kind, settings, in_one, share):
+    models_of_kind = models(kind, **settings)
     parts = list(filter(None, models_of_kind))
     for part in parts:
         attend_by_segments(part)  # pyright: ignore[reportArgumentType]
     attentions = {part.config._attn_implementation for part in parts}  # pyright: ignore
-    assert (attentions == {BY_SEGMENTS}) == (kind in FAMILIES)
+    assert (attentions == {BY_SEGMENTS}) == in_one
     expected = row_by_row(*models_of_kind, 0.7)
     assert expected[0].std() > 0.3
     wanted = gradients(parts, expected[0].square().sum() + expected[1].square().sum())
@@ -110,6 +121,12 @@ def test_a_batch_is_its_rows(kind, share):
     assert set(found) == set(wanted)
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-3 if kind in SINGLE else 1e-4), name
+
+
+def test_every_kind_that_is_trusted_is_compared():
+    assert set(FAMILIES) == trunk.BY_ATTENTION_ALONE
+    with_windows = {kind for kind, settings in FAMILIES.items() if "sliding_window" in settings}
+    assert with_windows == trunk.WINDOWED
 
 
 def test_rows_that_saw_each_other_would_be_found():

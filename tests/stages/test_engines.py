@@ -137,3 +137,20 @@ def test_a_gradient_that_is_not_finite_ends_the_run(world, tmp_path, engine):
     codes = run_on_two("sft", flags("sft", world, tmp_path / "run", **more), log, second_loss_is_nan, engine=engine)
     assert codes == [1, 1], log.read_text()
     assert "step 2: loss is nan on rank 0 and 1" in log.read_text()
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_logits_in_parts(world, tmp_path, engine):
+    """Ranks read at different numbers of places, and must ask each other for weights equally often."""
+
+    def one_place_at_once(_) -> None:
+        from rlhf.models import trunk
+
+        trunk.LOGITS_AT_ONCE = 1
+
+    log, more = tmp_path / "log", {**MORE, "data__eval": "null"}
+    for name, change in (("whole", None), ("parts", one_place_at_once)):
+        codes = run_on_two("sft", flags("sft", world, tmp_path / name, **more), log, change, engine=engine)
+        assert codes == [0, 0], log.read_text()
+    whole, parts = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "parts"))
+    assert parts == pytest.approx(whole, rel=1e-5)
