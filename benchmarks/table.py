@@ -58,7 +58,7 @@ def block(name: str, lines: Sequence[Line]) -> str:
 def header(line: Line) -> str:
     """Machine, versions, date and commit."""
     machine = line.get("machine")
-    if not machine:
+    if not isinstance(machine, dict):
         return ""
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     peer = line.get("peer_versions") or {}
@@ -149,6 +149,25 @@ def growth_table(lines: Sequence[Line]) -> str:
     return table(["what grows", "to", "CPU-s a sample"], rows)
 
 
+def rollout_table(lines: Sequence[Line]) -> str:
+    rows = [
+        [f"{line['model']}, {name}", median(found["ours_tokens_per_cpu_s"], 0), median(found["generate_tokens_per_cpu_s"], 0),
+         median(found["ratio"], 2), f"{found['alone']['differ']} of {found['alone']['rows']}" if "alone" in found else None]
+        for line in lines
+        for name, found in line.items()
+        if isinstance(found, dict) and "ratio" in found
+    ]  # fmt: skip
+    return table(["setting", "ours", "generate", "ratio", "rows unlike one at a time"], rows)
+
+
+def startup_table(lines: Sequence[Line]) -> str:
+    ratios = {**lines[-1]["first_step_over_import"], **{
+        f"launcher of {name}, with its stage": value for name, value in lines[-1]["with_launcher_over_import"].items()
+    }}  # fmt: skip
+    rows = [[name, median(found, 2), ratios.pop(name, None)] for name, found in lines[-1]["cpu_s"].items()]
+    return table(["what", "CPU-s", "over import"], [*rows, *([name, None, value] for name, value in ratios.items())])
+
+
 TABLES = {
     "ppo": ppo_table,
     "sft": rate_table("tokens", ("shape", "precision"), 0),
@@ -156,6 +175,8 @@ TABLES = {
     "memory": memory_table,
     "quality": quality_table,
     "growth": growth_table,
+    "rollout": rollout_table,
+    "startup": startup_table,
 }
 
 
