@@ -76,12 +76,15 @@ def token_batch(rows: Iterable[Row], share_prompts: bool = True) -> TokenBatch:
         return len(segments) - 1
 
     for prompt, reply, places in rows:
-        shared = asked[tuple(prompt)] > 1 and bool(reply)
-        if shared and tuple(prompt) not in prompts:
-            prompts[tuple(prompt)] = add(prompt)
-        begins = segments[prompts[tuple(prompt)]].start if shared else len(ids)
-        continues = len(ids) if shared else begins + len(prompt)
-        add(reply, prompts[tuple(prompt)]) if shared else add([*prompt, *reply])
+        key = tuple(prompt)
+        if reply and asked[key] > 1:
+            if key not in prompts:
+                prompts[key] = add(prompt)
+            begins, continues = segments[prompts[key]].start, len(ids)
+            add(reply, prompts[key])
+        else:
+            begins, continues = len(ids), len(ids) + len(prompt)
+            add([*prompt, *reply])
         whole = [*prompt, *reply, 0]
         for place in places:
             if place < 0:

@@ -155,7 +155,7 @@ class Trunk:
     def logprobs(self, temperature: float) -> Tensor:
         """(K,) of the batch's targets under the model's own LM head."""
         at_once = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+        if hasattr(next(self.model.parameters()), "ds_id"):
             at_once = max(1, len(self.hidden))  # ZeRO-3 gathers a head at each call of it, and ranks read at different numbers
         parts = list(zip(self.hidden.split(at_once), self.batch.targets.split(at_once), strict=True))
         if len(parts) == 1:
@@ -181,9 +181,7 @@ def _standing_in(trunk: nn.Module, output: Any) -> Iterator[None]:
         if before is not None:  # some library's own, such as accelerate's
             trunk.forward = before
     if not calls:
-        raise NotImplementedError(
-            f"the model's forward does not call its {type(trunk).__name__}, so its head cannot be read alone"
-        )
+        raise DataError(f"the model cannot be trained here: its forward does not call its {type(trunk).__name__}")
 
 
 def _by_segments(batch: TokenBatch) -> tuple[dict[str, Any], Tensor]:

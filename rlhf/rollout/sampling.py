@@ -46,7 +46,7 @@ def sample(logits: Tensor, sampling: Sampling, seeds: Tensor, place: Tensor | in
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, token_logprobs(logits[:, None], tokens[:, None]).squeeze(1)
+        return tokens, token_logprobs(logits, tokens)
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
     kept, ids = scaled, torch.empty(0, dtype=torch.long)  # the warpers' signature asks for input ids and does not look at them
     if sampling.top_k:
