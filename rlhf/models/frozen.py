@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.schema import FrozenCache
+from rlhf.config.sections import FrozenCache
 from rlhf.data.collate import TokenBatch
 from rlhf.errors import DataError
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.config.schema import PpoConfig, Reward
+from rlhf.config.rewards import Reward
+from rlhf.config.schema import PpoConfig
 from rlhf.functional.advantages import gae
 from rlhf.functional.kl import k1
 from rlhf.functional.masked import Moments, masked_mean, whiten, zero_outside

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.schema import Reward, is_service
+from rlhf.config.rewards import Reward, is_service
 from rlhf.data.collate import last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.errors import DataError

@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.checkpoints.directory import iteration_directory
-from rlhf.config.schema import Stage, is_service
+from rlhf.config.rewards import is_service
+from rlhf.config.schema import Stage
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
 from rlhf.models.source import require_pinned, resolve

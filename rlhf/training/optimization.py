@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
+from rlhf.config.policies import PpoOptimizer
+from rlhf.config.sections import Optimizer, Schedule
 from rlhf.models.actor_critic import role_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

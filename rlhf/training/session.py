@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.parse import Resume
-from rlhf.config.schema import Optimizer, Schedule, Stage
+from rlhf.config.schema import Stage
+from rlhf.config.sections import Optimizer, Schedule
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests

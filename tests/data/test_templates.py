@@ -11,7 +11,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.config.schema import Data, PromptData, SftData
+from rlhf.config.policies import PromptData
+from rlhf.config.schema import SftData
+from rlhf.config.sections import Data
 from rlhf.data.collate import pair_batch, sft_batch
 from rlhf.data.examples import SftExample, pair_examples, prompt_examples, sft_examples
 from rlhf.data.templates import Template, tokenizer_digests

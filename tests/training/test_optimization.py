@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config.schema import Optimizer, PpoOptimizer, Schedule
+from rlhf.config.policies import PpoOptimizer
+from rlhf.config.sections import Optimizer, Schedule
 from rlhf.training.accumulation import micro_batches
 from rlhf.training.optimization import open_optimizer, optimizer_tensors, restore_optimizer, schedule_factor
 

@@ -1,0 +1,118 @@
+"""Sections of the stages that sample from the policy they train: who takes part, how it is sampled, what bounds its steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf.config.sections import Checkpoint, Count, Data, Fraction, Optimizer, Place, Positive, Schedule, Section
+
+
+class PpoOptimizer(Optimizer):
+    lr: Positive = 1e-6
+    """Peak learning rate of the actor."""
+    critic_lr: Positive = 5e-6
+    """Peak learning rate of the critic (and of the value head when the trunk is shared)."""
+    eps: Positive = 1e-5
+    """Added to the root of the second moment; 1e-5 as in the PPO papers' code (docs/ppo.md)."""
+
+
+class PpoSchedule(Schedule):
+    length: Count = 100
+    """How long to train, counted in `unit`."""
+    unit: Literal["steps", "epochs"] = "steps"
+    """steps: PPO iterations, each one rollout and its updates; epochs: passes over the prompts."""
+    decay: Literal["cosine", "linear", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    final: Fraction = 0.0
+    """Learning rate at the end, as a part of the peak."""
+
+
+class PromptData(Data):
+    eval_limit: Count = 256
+    """How many of the held-out prompts to use, from the start of the file."""
+    max_length: Count = 512
+    """Longest prompt, in tokens."""
+
+
+class PpoCheckpoint(Checkpoint):
+    every: Annotated[int, Field(ge=0)] = 10
+    """Iterations between training checkpoints; 0: only when a signal stops the run."""
+
+
+class Roles(Section):
+    actor: Place
+    """The policy to improve: any model source, usually the SFT run."""
+    reference: Place | None = None
+    """The frozen policy of the KL penalty; none: the actor as it starts."""
+    critic: Place | None = None
+    """A reward model to start the critic from, head included; `zero`: the actor's trunk with a zero head; none: the reward
+    model if it is one, else `zero`."""
+    mode: Literal["separate", "shared", "adapters"] = "separate"
+    """separate: actor and critic have a trunk each; shared: two heads on one trunk, the value head starts at zero; adapters:
+    all roles are LoRA adapters on one frozen base, which is in memory once (docs/ppo.md)."""
+
+
+class Rollout(Section):
+    batch_size: Count = 64
+    """Prompts per iteration, over all processes."""
+    samples_per_prompt: Count = 1
+    """Replies to each prompt."""
+    max_new_tokens: Count = 128
+    """Longest reply, in tokens."""
+    generation_batch_size: Count = 64
+    """Replies one process samples at a time; one that has ended makes room for the next prompt. Memory and speed only."""
+    temperature: Positive = 1.0
+    """Logits are divided by it, here and everywhere log-probabilities are computed."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens only; 0: from all. Log-probabilities stay those of the full softmax."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this probability; 1: from all."""
+
+
+class Kl(Section):
+    coef: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the penalty on the KL divergence from the reference, in score units per nat; 0: the reference is never run."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator in the reward (Schulman, "Approximating KL divergence")."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: `coef` follows the measured KL (Ziegler et al. 2019, section 2.2)."""
+    target: Positive = 6.0
+    """Adaptive: KL per reply to aim at, in nats."""
+    horizon: Count = 10000
+    """Adaptive: replies over which the coefficient adapts."""
+
+
+class PpoAlgorithm(Section):
+    epochs: Count = 4
+    """Passes over each rollout batch."""
+    minibatch_size: Count = 64
+    """Replies per optimizer step, over all processes."""
+    clip: Positive = 0.2
+    """Policy ratio clipping range."""
+    value_clip: Positive | None = 0.2
+    """Clipping range of the value's change; none: off."""
+    value_coef: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the value loss beside the policy loss."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten: bool = True
+    """Whiten advantages over all replies of the iteration and all processes."""
+    target_kl: Positive | None = None
+    """Stop an iteration's updates when the mean 0.5 * (log ratio)^2 of a minibatch passes this, in nats; none: never."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """Iterations at the start in which only the critic learns."""
+
+
+class Evaluation(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Iterations between evaluations on the fixed prompts; 0: before the first and after the last."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0: greedy."""
+    samples_per_prompt: Count = 1
+    """Replies to each fixed prompt."""
+    scorers: tuple[str, ...] = ()
+    """More Python functions to score the replies with, beside the reward: `module:function` or `file.py:function`."""
