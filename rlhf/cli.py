@@ -20,7 +20,7 @@ from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
 from rlhf.errors import DataError, OutOfMemory, OutputError, RlhfError, StorageError, UsageError, disk_failed, without_secrets
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = ("sft", "rm", "ppo", "grpo")
 
 HELP = """\
 rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on human preferences
@@ -30,6 +30,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
   ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
+  grpo             the same without a critic               rlhf grpo --config grpo --actor SFT --reward RM --data FILE
   generate MODEL   replies to the prompts of a file        rlhf generate runs/ppo --data prompts.jsonl --output FILE
   eval MODEL       loss, or accuracy, on held-out rows     rlhf eval runs/sft --data chats.jsonl --precision both
   show RUN         what a run was made from                rlhf show runs/ppo

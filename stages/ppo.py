@@ -21,7 +21,6 @@ Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -33,23 +32,24 @@ from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
-from rlhf.functional.ppo import policy_loss, value_loss
+from rlhf.functional.ppo import value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
-from rlhf.rollout.evaluate import evaluate
-from rlhf.rollout.experience import Experience, concatenate
+from rlhf.rollout.experience import Experience
 from rlhf.rollout.functions import FunctionProcess
 from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.scoring import score
 from rlhf.rollout.watched import found_again, watched
 from rlhf.training import invariants
-from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
+from rlhf.training.collection import Collection
 from rlhf.training.entry import run_stage
+from rlhf.training.followers import Followers
+from rlhf.training.losses import actor_loss
 from rlhf.training.opening import open_training
+from rlhf.training.pretraining import PretrainingMix
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
 
@@ -73,7 +73,6 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         for note in roles.notes:
             train.note(note)
         train.record_tokenizer(roles.tokenizer)
-        pad_id = roles.pad_id
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
         reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
@@ -90,44 +89,23 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         train.remember(running=running, kl=kl)
+        followers = Followers(train, config, roles)
+        mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
         rollout = config.rollout
         rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
-        engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size, train.note)
+        engine = NativeEngine(train.gathered, roles.stop_ids, roles.pad_id, config.rollout.generation_batch_size, train.note)
         engine.sync(policy, version=train.step_done)
-
-        def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
-            """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
-            sizes = len(asked), config.ppo.minibatch_size, config.micro_batch_size
-            micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
-            mine = [row for micro in micros if micro.weight for row in micro.items]
-            drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
-            with train.phase("rollout"):
-                samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
-            with train.phase("score"):
-                texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
-                places = [MicroBatch([local.get(row, 0) for row in micro.items], micro.weight) for micro in micros]
-                temperature = sampling.temperature or 1.0  # greedy evaluation is scored as the policy itself
-                scored = score(samples, texts, places, policy, roles.reference, reward, temperature, pad_id)
-            parts = [part for part in train.gather((mine, scored)) if part[0]]
-            return concatenate([part for _, part in parts], [row for rows, _ in parts for row in rows])
-
-        def evaluation(step: int) -> dict[str, float]:
-            asked = held_out * config.eval.samples_per_prompt
-            sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
-            experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
-            texts = [prompt.text for prompt in asked]
-            metrics, samples = evaluate(experience, texts, scorers, roles.tokenizer, config.report.samples)
-            recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
-            return {name.removeprefix("eval/"): value for name, value in recorded.items()}
+        who = train, config, roles, policy, engine, reward
+        collect = Collection(*who, config.ppo.minibatch_size, scorers, held_out)
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
             if held_out and step == 0:
-                train.result["before"] = evaluation(0)
+                train.result["before"] = collect.evaluation(0)
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
@@ -142,22 +120,26 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
+                invariants.whitening(checks, experience, config)
                 if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
                 if probe is not None:
-                    loss_of = partial(ppo_loss, policy, config=config, device=train.device, stats=Stats())
+                    loss_of = partial(ppo_loss, policy, config=config, kl_coef=kl.coef, stats=Stats())
                     probe(checks, train, roles, policy, experience, loss_of)
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
             warming_up = step < config.ppo.critic_warmup
             sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
+            plan = list(minibatches(*sizes, train.seed("update", step))) if usable else []
             with train.phase("update"):
-                for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step)) if usable else ()):
-                    tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
+                for count, minibatch in enumerate(plan):
+                    experience = experience.weighed(minibatch, config.ppo.aggregation, rollout.max_new_tokens)
+                    stats_here = Stats()
+                    if not warming_up:
+                        mix.backward(policy, step * len(plan) + count)
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
-                        stats_of = stats_here if micro.weight else Stats()
-                        loss = ppo_loss(policy, experience.rows(micro.items), config, train.device, stats_of, warming_up)
-                        train.backward(micro.weight * loss / tokens)
+                        part, stats_of = experience.rows(micro.items).to(train.device), stats_here if micro.weight else Stats()
+                        train.backward(micro.weight * ppo_loss(policy, part, config, kl.coef, stats_of, warming_up))
                     if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
                         continue
                     if step == count == 0:
@@ -170,39 +152,36 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 5
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
+            followers.follow(step)
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
-                evaluation(step + 1)
+                collect.evaluation(step + 1)
 
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:
-            train.result["after"] = evaluation(train.step_done)
+            train.result["after"] = collect.evaluation(train.step_done)
         train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "critic", roles.tokenizer, merge=config.lora.merge)
             save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
-        train.finish(train.result, ["model", "critic"])
+            followers.save_average()
+        train.finish(train.result, ["model", "critic", *followers.outputs])
 
 
 def ppo_loss(
-    policy,
-    part: Experience,
-    config: PpoConfig,
-    device: torch.device,
-    stats: Stats,
-    warming_up: bool = False,
+    policy, part: Experience, config: PpoConfig, kl_coef: float, stats: Stats, warming_up: bool = False
 ) -> torch.Tensor:
-    """Policy and value loss of a micro-batch, summed over its tokens; statistics go into `stats`."""
-    output, part = policy(part.batch().to(device), temperature=config.rollout.temperature), part.to(device)
-    assert part.advantages is not None
+    """Policy and value loss of a micro-batch, by the weights of its tokens; statistics go into `stats`."""
+    output = policy(part.batch(), temperature=config.rollout.temperature, entropy=config.ppo.entropy_coef > 0)
+    of_policy = actor_loss(output, part, config.ppo, config.kl, kl_coef, stats)
+    assert part.values is not None
     assert part.returns is not None
-    logprobs, values = part.spread(output.logprobs), part.spread(output.values)
-    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
-    of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
-    for name, loss, of_loss in (("policy", of_policy, policy_stats), ("value", of_value, value_stats)):
-        of_loss = {f"{name}/{key}": value for key, value in (of_loss | {"loss": loss.detach()}).items()}
-        stats.add_all(of_loss, part.mask.sum())
+    assert part.weights is not None
+    states = part.spread(output.values), part.values, part.returns, part.mask
+    of_value, told = value_loss(*states, config.ppo.value_clip, part.weights)
+    stats.add_all({f"value/{name}": value for name, value in told.items()}, part.mask.sum())
+    stats.add("value/loss", of_value.detach(), part.weights.sum())
     # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.
     return (0.0 if warming_up else 1.0) * of_policy + config.ppo.value_coef * of_value
 

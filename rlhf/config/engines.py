@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from rlhf.config.schema import PpoConfig, Stage
+from rlhf.config.schema import PolicyStage, Stage
 from rlhf.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def require_fit(config: Stage, engine: Engine) -> None:
         raise ConfigError("precision fp64: DeepSpeed keeps its state in float32; use --launch ddp or fsdp")
     if engine.divides and config.fp8.recipe != "none" and config.fp8.probe.every:
         raise ConfigError("fp8.probe.every must be 0 with ZeRO and FSDP: the probe puts weights back that each rank has whole")
-    if engine.divides == 3 and isinstance(config, PpoConfig) and config.frozen_layers:
+    if engine.divides == 3 and isinstance(config, PolicyStage) and config.frozen_layers:
         raise ConfigError(
             f"frozen_layers must be 0 in PPO with {engine.name}: it divides a layer for one role only, and these have several; "
             "use --launch ddp or zero2, or roles.mode adapters"

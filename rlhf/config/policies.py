@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rlhf.config.sections import Checkpoint, Count, Data, Fraction, Optimizer, Place, Positive, Schedule, Section
+from rlhf.config.sections import Checkpoint, Count, Data, Fraction, Optimizer, Place, Positive, Schedule, Section, TextReading
 
 
-class PpoOptimizer(Optimizer):
+class PolicyOptimizer(Optimizer):
     lr: Positive = 1e-6
     """Peak learning rate of the actor."""
-    critic_lr: Positive = 5e-6
-    """Peak learning rate of the critic (and of the value head when the trunk is shared)."""
     eps: Positive = 1e-5
     """Added to the root of the second moment; 1e-5 as in the PPO papers' code (docs/ppo.md)."""
 
 
-class PpoSchedule(Schedule):
+class PpoOptimizer(PolicyOptimizer):
+    critic_lr: Positive = 5e-6
+    """Peak learning rate of the critic (and of the value head when the trunk is shared)."""
+
+
+class PolicySchedule(Schedule):
     length: Count = 100
     """How long to train, counted in `unit`."""
     unit: Literal["steps", "epochs"] = "steps"
-    """steps: PPO iterations, each one rollout and its updates; epochs: passes over the prompts."""
+    """steps: iterations, each one rollout and its updates; epochs: passes over the prompts."""
     decay: Literal["cosine", "linear", "constant"] = "linear"
     """Shape of the learning rate after the warm-up."""
     final: Fraction = 0.0
@@ -36,16 +39,19 @@ class PromptData(Data):
     """Longest prompt, in tokens."""
 
 
-class PpoCheckpoint(Checkpoint):
+class PolicyCheckpoint(Checkpoint):
     every: Annotated[int, Field(ge=0)] = 10
     """Iterations between training checkpoints; 0: only when a signal stops the run."""
 
 
-class Roles(Section):
+class PolicyRoles(Section):
     actor: Place
     """The policy to improve: any model source, usually the SFT run."""
     reference: Place | None = None
     """The frozen policy of the KL penalty; none: the actor as it starts."""
+
+
+class Roles(PolicyRoles):
     critic: Place | None = None
     """A reward model to start the critic from, head included; `zero`: the actor's trunk with a zero head; none: the reward
     model if it is one, else `zero`."""
@@ -75,22 +81,63 @@ class Kl(Section):
     coef: Annotated[float, Field(ge=0)] = 0.05
     """Weight of the penalty on the KL divergence from the reference, in score units per nat; 0: the reference is never run."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator in the reward (Schulman, "Approximating KL divergence")."""
+    """Per-token estimator (Schulman, "Approximating KL divergence")."""
+    place: Literal["tokens", "score", "loss"] = "tokens"
+    """Where the penalty goes: into the reward of each token, as a sum over the reply into that of the last one, or into the
+    loss (with k2, or k3 as in GRPO: the expected gradient of k1 is 0)."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: `coef` follows the measured KL (Ziegler et al. 2019, section 2.2)."""
     target: Positive = 6.0
     """Adaptive: KL per reply to aim at, in nats."""
     horizon: Count = 10000
     """Adaptive: replies over which the coefficient adapts."""
+    refresh_every: Annotated[int, Field(ge=0)] = 0
+    """Iterations after which the reference moves to the policy as it then is; 0: it stays where it was."""
+    refresh_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the reference's weights that stays in a refresh (with `refresh_every: 1` a moving average of the policy)."""
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Kl:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("estimator must be k2 or k3 with place `loss`: the expected gradient of k1 is 0")
+        if self.refresh_keep and not self.refresh_every:
+            raise ValueError("refresh_keep has no meaning with refresh_every 0, which never moves the reference")
+        if self.refresh_every and not self.coef:
+            raise ValueError("refresh_every must be 0 with coef 0: there is no reference to move")
+        return self
 
 
-class PpoAlgorithm(Section):
+class Ptx(TextReading):
+    file: Place | None = None
+    """Rows of demonstrations or plain text whose loss is mixed into every optimizer step (PPO-ptx, Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 2); none: nothing is mixed in."""
+    coef: Positive = 1.0
+    """Weight of their loss, a mean over tokens, beside the policy's."""
+    batch_size: Count = 8
+    """Rows per optimizer step, over all processes."""
+
+
+class PolicyUpdate(Section):
     epochs: Count = 4
     """Passes over each rollout batch."""
     minibatch_size: Count = 64
     """Replies per optimizer step, over all processes."""
     clip: Positive = 0.2
-    """Policy ratio clipping range."""
+    """Policy ratio clipping range: a ratio counts between 1 - clip and 1 + clip."""
+    clip_high: Positive | None = None
+    """The range above 1, where that is to be another (clip-higher, DAPO: 0.28); none: as `clip`."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the ratio for tokens with a negative advantage (dual-clip PPO: 3); none: no bound."""
+    aggregation: Literal["tokens", "replies", "constant"] = "tokens"
+    """How the loss of a minibatch is a mean: over all its tokens; over the tokens of each reply, then over replies (GRPO); over
+    replies of sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an entropy bonus, in nats a token; more than 0 takes memory for the logits several times."""
+    target_kl: Positive | None = None
+    """Stop an iteration's updates when the mean 0.5 * (log ratio)^2 of a minibatch passes this, in nats; none: never."""
+
+
+class PpoAlgorithm(PolicyUpdate):
     value_clip: Positive | None = 0.2
     """Clipping range of the value's change; none: off."""
     value_coef: Annotated[float, Field(ge=0)] = 0.1
@@ -101,8 +148,6 @@ class PpoAlgorithm(Section):
     """Lambda of generalised advantage estimation."""
     whiten: bool = True
     """Whiten advantages over all replies of the iteration and all processes."""
-    target_kl: Positive | None = None
-    """Stop an iteration's updates when the mean 0.5 * (log ratio)^2 of a minibatch passes this, in nats; none: never."""
     critic_warmup: Annotated[int, Field(ge=0)] = 0
     """Iterations at the start in which only the critic learns."""
 
@@ -116,3 +161,23 @@ class Evaluation(Section):
     """Replies to each fixed prompt."""
     scorers: tuple[str, ...] = ()
     """More Python functions to score the replies with, beside the reward: `module:function` or `file.py:function`."""
+
+
+class Grpo(PolicyUpdate):
+    estimator: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline", "remax"] = "grpo"
+    """What a reply's score is compared with, in place of a critic (docs/grpo.md)."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """grpo: advantages are divided by the deviation of the scores of their prompt, of all replies, or not at all (Dr. GRPO)."""
+    resample: Annotated[int, Field(ge=0)] = 0
+    """Rounds of other prompts, at most, that take the places of prompts whose replies all score the same (dynamic sampling,
+    DAPO). Those that remain teach nothing and are left out of the loss."""
+    epochs: Count = 1
+    """Passes over each rollout batch."""
+    aggregation: Literal["tokens", "replies", "constant"] = "replies"
+    """How the loss of a minibatch is a mean: over the tokens of each reply, then over replies; over all its tokens (DAPO); over
+    replies of sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+
+
+class Groups(Rollout):
+    samples_per_prompt: Count = 8
+    """Replies to each prompt."""

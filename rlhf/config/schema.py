@@ -14,12 +14,18 @@ from pydantic import Field, model_validator
 
 from rlhf.config.policies import (
     Evaluation,
+    Groups,
+    Grpo,
     Kl,
+    PolicyCheckpoint,
+    PolicyOptimizer,
+    PolicyRoles,
+    PolicySchedule,
+    PolicyUpdate,
     PpoAlgorithm,
-    PpoCheckpoint,
     PpoOptimizer,
-    PpoSchedule,
     PromptData,
+    Ptx,
     Roles,
     Rollout,
 )
@@ -146,41 +152,74 @@ class RmConfig(Stage):
     schedule: Schedule = Schedule()
 
 
-class PpoConfig(Stage):
-    """Proximal policy optimisation against a reward, with a learned critic and a KL penalty."""
+class PolicyStage(Stage):
+    """What the stages have that sample from the policy they train."""
 
-    roles: Roles
+    roles: PolicyRoles
     data: PromptData
     reward: Reward
     rollout: Rollout = Rollout()
-    ppo: PpoAlgorithm = PpoAlgorithm()
     kl: Kl = Kl()
+    ptx: Ptx = Ptx()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay, per iteration, of a moving average of the actor's weights, which becomes a second result, `ema/`; 0: none."""
     frozen_cache: FrozenCache = FrozenCache()
     eval: Evaluation = Evaluation()
     micro_batch_size: Count = 8
     """Replies per forward pass of one process, in scoring and update alike."""
+    schedule: PolicySchedule = PolicySchedule()
+    checkpoint: PolicyCheckpoint = PolicyCheckpoint()
+
+    @property
+    def update(self) -> PolicyUpdate:
+        """The section of this stage that says how the policy is updated."""
+        raise NotImplementedError
+
+    @property
+    def replies(self) -> int:
+        """Of an iteration."""
+        return self.rollout.batch_size * self.rollout.samples_per_prompt
+
+    def require_even(self, field: str) -> None:
+        """Raises ValueError where minibatches do not divide the replies of an iteration."""
+        replies, minibatch_size = self.replies, self.update.minibatch_size
+        if minibatch_size > replies:
+            raise ValueError(
+                f"{field} {minibatch_size} is more than the {replies} replies of an iteration "
+                "(rollout.batch_size * rollout.samples_per_prompt)"
+            )
+        if left := replies % minibatch_size:
+            legal = [size for size in range(1, replies + 1) if replies % size == 0]
+            below = max(size for size in legal if size < minibatch_size)
+            above = min(size for size in legal if size > minibatch_size)
+            raise ValueError(
+                f"{field} {minibatch_size} does not divide the {replies} replies of an iteration: the last "
+                f"optimizer step of each epoch would follow {left} replies alone; the nearest that do are {below} and {above}"
+            )
+
+    @model_validator(mode="after")
+    def _starts_at_one(self) -> PolicyStage:
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 here: the ratio of the first minibatch has to be exactly 1")
+        if self.kl.refresh_every and self.lora.rank:
+            raise ValueError("kl.refresh_every must be 0 with lora.rank > 0: the reference has no adapter that could follow")
+        return self
+
+
+class PpoConfig(PolicyStage):
+    """Proximal policy optimisation against a reward, with a learned critic and a KL penalty."""
+
+    roles: Roles
+    ppo: PpoAlgorithm = PpoAlgorithm()
     optimizer: PpoOptimizer = PpoOptimizer()
-    schedule: PpoSchedule = PpoSchedule()
-    checkpoint: PpoCheckpoint = PpoCheckpoint()
+
+    @property
+    def update(self) -> PpoAlgorithm:
+        return self.ppo
 
     @model_validator(mode="after")
     def _consistent(self) -> PpoConfig:
-        replies = self.rollout.batch_size * self.rollout.samples_per_prompt
-        if self.ppo.minibatch_size > replies:
-            raise ValueError(
-                f"ppo.minibatch_size {self.ppo.minibatch_size} is more than the {replies} replies of an iteration "
-                "(rollout.batch_size * rollout.samples_per_prompt)"
-            )
-        if left := replies % self.ppo.minibatch_size:
-            legal = [size for size in range(1, replies + 1) if replies % size == 0]
-            below = max(size for size in legal if size < self.ppo.minibatch_size)
-            above = min(size for size in legal if size > self.ppo.minibatch_size)
-            raise ValueError(
-                f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the {replies} replies of an iteration: the last "
-                f"optimizer step of each epoch would follow {left} replies alone; the nearest that do are {below} and {above}"
-            )
-        if self.lora.dropout:
-            raise ValueError("lora.dropout must be 0 in PPO: the ratio of the first minibatch has to be exactly 1")
+        self.require_even("ppo.minibatch_size")
         if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):
             raise ValueError("roles.critic must be `zero` (or absent) with roles.mode `shared`: the value head starts at zero")
         if self.roles.mode == "shared" and self.lora.base != "plain":
@@ -194,7 +233,34 @@ class PpoConfig(Stage):
         return self
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}
+class GrpoConfig(PolicyStage):
+    """Policy optimisation without a critic: a reply is compared with other replies to its prompt."""
+
+    rollout: Groups = Groups()
+    grpo: Grpo = Grpo()
+    optimizer: PolicyOptimizer = PolicyOptimizer()
+
+    @property
+    def update(self) -> Grpo:
+        return self.grpo
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GrpoConfig:
+        self.require_even("grpo.minibatch_size")
+        alone = self.rollout.samples_per_prompt == 1
+        if alone and self.grpo.estimator in ("grpo", "rloo", "reinforce++-baseline"):
+            raise ValueError(
+                f"rollout.samples_per_prompt must be more than 1 with grpo.estimator `{self.grpo.estimator}`: a reply is "
+                "compared with the others to its prompt"
+            )
+        if self.grpo.estimator != "grpo" and self.grpo.scale != "group":
+            raise ValueError(f"grpo.scale has no meaning with grpo.estimator `{self.grpo.estimator}`, only with `grpo`")
+        if alone and self.grpo.resample:
+            raise ValueError("grpo.resample must be 0 with rollout.samples_per_prompt 1: one reply has no variance")
+        return self
+
+
+STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig, "grpo": GrpoConfig}
 
 SHORT_FLAGS = {
     "model.path": "model",

@@ -1,14 +1,18 @@
-"""Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+"""How much better a reply was than expected: by a critic, or by other replies to the same prompt.
 
-Left out on purpose: whitening, which needs the moments of all processes (`masked.whiten`), and any bootstrap value. The
-value after the last response token is 0 whether the answer ended with EOS or was cut off at the length limit: the score
-was given to the answer as it stands, and nothing follows it.
+With a critic: generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438). Left out on purpose: whitening,
+which needs the moments of all processes (`masked.whiten`), and any bootstrap value. The value after the last response
+token is 0 whether the answer ended with EOS or was cut off at the length limit: the score was given to the answer as it
+stands, and nothing follows it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -41,3 +45,38 @@ def gae(
         advantage = deltas[:, t] + gamma * lam * advantage
         advantages[:, t] = advantage
     return advantages, advantages + values
+
+
+def group_mean(scores: Float[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """Mean score of a prompt's K replies (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2)."""
+    return scores.mean(1, keepdim=True).expand_as(scores)
+
+
+def leave_one_out_mean(scores: Float[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """Mean score of the other K - 1 replies: a baseline that does not depend on the reply (RLOO, Kool et al. 2019; Ahmadian et
+    al. 2024, arXiv:2402.14740, eq. 3)."""
+    return (scores.sum(1, keepdim=True) - scores) / (scores.shape[1] - 1)
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+    "grpo": group_mean,
+    "rloo": leave_one_out_mean,
+    "reinforce++": torch.zeros_like,
+    "reinforce++-baseline": group_mean,
+}
+"""What a reply's score is compared with: (G, K) scores -> (G, K). REINFORCE++ (Hu 2025, arXiv:2501.03262) whitens over all
+replies in place of that; ReMax (Li et al. 2023, arXiv:2310.10505) needs more than the scores: that of the greedy reply."""
+
+SCALE_EPS = 1e-4
+"""Added to a deviation that advantages are divided by; TRL 1.16, `grpo_trainer.py`."""
+
+
+def deviation(scores: Float[Tensor, "G K"], of: Literal["group", "batch"]) -> Float[Tensor, "G K"]:
+    """Standard deviation (of a sample: divided by its count less one) of a prompt's scores or of all, plus `SCALE_EPS`."""
+    found = scores.std(1, keepdim=True) if of == "group" else scores.std()
+    return (found + SCALE_EPS).expand_as(scores)
+
+
+def same_scores(scores: Float[Tensor, "G K"]) -> Bool[Tensor, " G"]:
+    """Which prompts teach nothing, as all their replies score the same."""
+    return scores.amin(1) == scores.amax(1)

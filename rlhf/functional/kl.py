@@ -2,8 +2,8 @@
 
 The estimators are of KL(policy || reference) from tokens sampled by the policy (Schulman 2020,
 http://joschu.net/blog/kl-approx.html). They differ as a *loss*: the expected gradient of k1 is zero, that of k2 is the
-gradient of KL(policy || reference), that of k3 the gradient of KL(reference || policy). Here they are parts of the
-reward, where no gradient flows. Left out on purpose: sums over tokens, which need a mask.
+gradient of KL(policy || reference), that of k3 the gradient of KL(reference || policy). In the reward no gradient flows
+through them. Left out on purpose: sums over tokens, which need a mask.
 """
 
 from __future__ import annotations

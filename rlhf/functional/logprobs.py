@@ -48,11 +48,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return found.scatter_add_(-1, tokens[..., None], gradient.to(found.dtype)).to(logits.dtype), None, None
 
 
-def entropy(logits: Float[Tensor, "B T V"], temperature: float = 1.0) -> Float[Tensor, "B T"]:
-    """Entropy in nats of softmax(logits / temperature) at each position, for finite logits."""
-
-    def one_row(logits: Tensor) -> Tensor:
-        scaled = _scaled(logits, temperature)
-        return scaled.logsumexp(dim=-1) - (scaled.softmax(dim=-1) * scaled).sum(dim=-1)
-
-    return torch.stack([one_row(row) for row in logits])
+def entropy(logits: Float[Tensor, "*P V"], temperature: float = 1.0) -> Float[Tensor, "*P"]:
+    """Entropy in nats of softmax(logits / temperature) at each place, for finite logits."""
+    logprobs = _scaled(logits, temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)

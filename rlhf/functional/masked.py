@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+Aggregation = Literal["tokens", "replies", "constant"]
 
 
 def last_index(mask: Shaped[Tensor, "B L"]) -> Int[Tensor, " B"]:
@@ -34,6 +37,25 @@ def masked_sum(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Fl
 def masked_mean(x: Float[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """Mean over the mask; 0 if the mask is empty."""
     return masked_sum(x, mask) / mask.bool().sum().clamp(min=1)
+
+
+def token_weights(
+    mask: Shaped[Tensor, "B T"], aggregation: Aggregation, longest: int, dtype: torch.dtype
+) -> Float[Tensor, "B T"]:
+    """What each token weighs in the mean over a batch; 0 outside the mask.
+
+    tokens: all alike (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.3), so long replies weigh more than short ones.
+    replies: a mean over each reply, then over replies (GRPO, Shao et al. 2024, arXiv:2402.03300, eq. 3).
+    constant: a sum over each reply divided by `longest` tokens, then a mean over replies: a token's weight does not depend on
+    how long replies are (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
+    Replies without a token count for nothing. The first two sum to 1.
+    """
+    inside = mask.bool().to(dtype)
+    lengths = inside.sum(1, keepdim=True)
+    replies = (lengths > 0).sum().clamp(min=1)
+    if aggregation == "tokens":
+        return inside / lengths.sum().clamp(min=1)
+    return inside / ((lengths.clamp(min=1) if aggregation == "replies" else longest) * replies)
 
 
 WHITENING_EPS = 1e-8

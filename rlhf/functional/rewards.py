@@ -24,8 +24,12 @@ def token_rewards(
     mask: Shaped[Tensor, "B T"],
     coef: float,
     estimator: str = "k1",
+    place: Literal["tokens", "score"] = "tokens",
 ) -> Float[Tensor, "B T"]:
     """-coef times the KL estimate on every response token, plus the score on the last one; 0 outside the mask.
+
+    With place `score` the penalties of all tokens stand where the score does, as in TRL's RLOO (Ahmadian et al. 2024,
+    arXiv:2402.14740): no token is blamed for its own part.
 
     The last response token is EOS when there is one, as in verl and OpenRLHF. TRL and the N+ code put the score one
     position later, which multiplies every advantage by one more lambda. An empty response gets no reward at all.
@@ -39,6 +43,8 @@ def token_rewards(
         penalties = torch.zeros_like(logprobs)
     else:
         penalties = zero_outside(-coef * ESTIMATORS[estimator](logprobs, reference_logprobs), mask)
+    if place == "score":
+        scores, penalties = scores + penalties.sum(-1), torch.zeros_like(penalties)
     indices = torch.arange(mask.shape[-1], device=mask.device)
     is_last = (indices == last_index(mask).unsqueeze(-1)) & mask.bool()
     return torch.where(is_last, penalties + scores.unsqueeze(-1), penalties)

@@ -27,6 +27,8 @@ class Output(NamedTuple):
     """(K,) of the batch's targets under the actor, float32 or float64"""
     values: Tensor | None
     """(K,) of the critic's scalar head, of its own dtype"""
+    entropy: Tensor | None = None
+    """(K,) of the actor's distribution, in nats, where it was asked for"""
 
 
 class ActorCritic(nn.Module):
@@ -43,18 +45,24 @@ class ActorCritic(nn.Module):
         self.lower: dict[str, FrozenLower] = {}
         """By role: the frozen layers it has in common with other roles."""
 
-    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = ("actor", "critic"), temperature: float = 1.0) -> Output:
+    def forward(
+        self,
+        batch: TokenBatch,
+        roles: tuple[str, ...] = ("actor", "critic"),
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Output:
         """Runs the roles asked for (and present); dropout is off, so training mode changes nothing but checkpointing."""
-        logprobs = values = None
+        logprobs = values = entropies = None
         if self.actor is not None and ("actor" in roles or self.value_head is not None):
             trunk = Trunk(unwrapped(self.actor), batch, self.lower.get("actor"))
-            logprobs = trunk.logprobs(temperature)
+            logprobs, entropies = told_by(trunk, temperature, entropy)
             if self.value_head is not None:
                 values = self.value_head(trunk.hidden).squeeze(-1)
         if self.critic is not None and "critic" in roles:
             critic = unwrapped(self.critic)
             values = getattr(critic, HEAD)(Trunk(critic, batch, self.lower.get("critic")).hidden).squeeze(-1)
-        return Output(logprobs, values)
+        return Output(logprobs, values, entropies)
 
     def part(self, role: str) -> nn.Module | None:
         """`actor` or `critic` as a model of its own, to be saved or looked into; None where it has no trunk of its own."""
@@ -67,6 +75,11 @@ class ActorCritic(nn.Module):
     def weights_of(self, role: str) -> dict[str, Tensor]:
         """All that the forward of a role reads."""
         return self.state_dict()
+
+
+def told_by(trunk: Trunk, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(log-probabilities, entropy or None) of an actor's trunk."""
+    return trunk.logprobs_and_entropy(temperature) if entropy else (trunk.logprobs(temperature), None)
 
 
 def role_of(parameter: str) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.data.collate import TokenBatch
-from rlhf.models.actor_critic import ActorCritic, Output, unwrapped
+from rlhf.models.actor_critic import ActorCritic, Output, told_by, unwrapped
 from rlhf.models.heads import HEAD
 from rlhf.models.trunk import Trunk
 
@@ -50,16 +50,18 @@ class AdaptedBase(ActorCritic):
                 gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._forward_and_recomputation}
             )
 
-    def forward(self, batch: TokenBatch, roles: tuple[str, ...] = TRAINED, temperature: float = 1.0) -> Output:
+    def forward(
+        self, batch: TokenBatch, roles: tuple[str, ...] = TRAINED, temperature: float = 1.0, entropy: bool = False
+    ) -> Output:
         """Actor or reference give the log-probabilities, critic or reward the values: at most one of each in one call."""
-        logprobs = values = None
+        logprobs = values = entropies = None
         for role in roles:
             trunk = Trunk(unwrapped(self.base), batch, active=partial(self.active, role))
             if role in self.heads:
                 values = self.heads[role](trunk.hidden).squeeze(-1)
             else:
-                logprobs = trunk.logprobs(temperature)
-        return Output(logprobs, values)
+                logprobs, entropies = told_by(trunk, temperature, entropy)
+        return Output(logprobs, values, entropies)
 
     @property
     def base(self) -> PeftModel:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf.config.schema import PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.policies import Roles as PpoRoles
+from rlhf.config.schema import GrpoConfig, PolicyStage, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch, last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
@@ -76,6 +77,10 @@ class Roles:
         actor = self.policy.part("actor")
         assert actor is not None
         return actor
+
+    @property
+    def has_critic(self) -> bool:
+        return self.policy.part("critic") is not None or self.policy.value_head is not None
 
     @property
     def critic(self) -> nn.Module:
@@ -146,7 +151,7 @@ def open_ppo(config: PpoConfig) -> Roles:
 
         policy = open_adapters(config, loading, reward_source)
         _as_it_computes(policy.base, config)
-        roles = _roles_of_ppo(config, policy)
+        roles = _roles_of_policy(config, policy)
         roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
         roles.reward = RewardModel(policy, "reward") if reward_source else None
         return roles
@@ -155,7 +160,18 @@ def open_ppo(config: PpoConfig) -> Roles:
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
     else:
         policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
-    roles = _roles_of_ppo(config, policy)
+    return _with_frozen_roles(_roles_of_policy(config, policy), config)
+
+
+def open_grpo(config: GrpoConfig) -> Roles:
+    """As PPO's, without a critic."""
+    actor = _with_layers(load_actor(config.roles.actor, _loading(config)), config.roles.actor, config, scalar=False)
+    return _with_frozen_roles(_roles_of_policy(config, ActorCritic(actor=actor)), config)
+
+
+def _with_frozen_roles(roles: Roles, config: PolicyStage) -> Roles:
+    """The reference and the reward model, each a model of its own."""
+    loading, source, reward_source = _loading(config), config.roles, reward_model_of(config)
     if config.kl.coef > 0:
         reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
@@ -172,7 +188,7 @@ def open_ppo(config: PpoConfig) -> Roles:
     return roles
 
 
-def _share_frozen_layers(roles: Roles, config: PpoConfig) -> str:
+def _share_frozen_layers(roles: Roles, config: PolicyStage) -> str:
     """One lower part for the actor and all who have the same; returns who has it, in words."""
     count, shared, own = config.frozen_layers, ["actor"], []
     lower = FrozenLower(lower_layers(roles.actor, count), config.frozen_cache)
@@ -203,11 +219,11 @@ def _share_frozen_layers(roles: Roles, config: PpoConfig) -> str:
     return f"the lowest {count} layers and the embeddings are frozen, in memory once for {', '.join(shared)}{apart}; {kept}"
 
 
-def _roles_of_ppo(config: PpoConfig, policy: ActorCritic) -> Roles:
+def _roles_of_policy(config: PolicyStage, policy: ActorCritic) -> Roles:
     source = config.roles
     roles = _roles(source.actor, policy, config.trust_remote_code)
-    others = ("reference", source.reference), ("critic", source.critic), ("reward model", reward_model_of(config))
-    for role, spec in others:
+    critic = source.critic if isinstance(source, PpoRoles) else None
+    for role, spec in (("reference", source.reference), ("critic", critic), ("reward model", reward_model_of(config))):
         if spec not in (None, "zero"):
             _same_tokenizer(source.actor, roles.tokenizer, role, spec, config.trust_remote_code)
     return roles
@@ -230,7 +246,7 @@ def _in_use(spec: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     return _roles(spec, freeze(policy).to(device), trust_remote_code)
 
 
-def reward_model_of(config: PpoConfig) -> str | None:
+def reward_model_of(config: PolicyStage) -> str | None:
     """The model source of the reward, or None where the reward is a function."""
     return None if ":" in config.reward.source else config.reward.source
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.data.collate import Segment, TokenBatch
 from rlhf.errors import DataError
-from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.logprobs import entropy, token_logprobs
 from rlhf.models.frozen import FrozenLower, lower_layers
 
 BY_SEGMENTS = "sdpa_by_segments"
@@ -154,19 +155,34 @@ class Trunk:
 
     def logprobs(self, temperature: float) -> Tensor:
         """(K,) of the batch's targets under the model's own LM head."""
+        return self._in_parts(partial(self._logprobs, temperature=temperature))
+
+    def logprobs_and_entropy(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same, and (K,) the entropy of all tokens at these places."""
+        both = self._in_parts(partial(self._logprobs_and_entropy, temperature=temperature))
+        return both[:, 0], both[:, 1]
+
+    def _in_parts(self, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What is read off the logits, which never exist together where there are many."""
         at_once = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         if hasattr(next(self.model.parameters()), "ds_id"):
             at_once = max(1, len(self.hidden))  # ZeRO-3 gathers a head at each call of it, and ranks read at different numbers
         parts = list(zip(self.hidden.split(at_once), self.batch.targets.split(at_once), strict=True))
         if len(parts) == 1:
-            return self._logprobs(*parts[0], temperature)
-        return torch.cat([checkpoint(self._logprobs, *part, temperature, use_reentrant=False) for part in parts])
+            return read(*parts[0])
+        return torch.cat([checkpoint(read, *part, use_reentrant=False) for part in parts])  # pyright: ignore
 
     def _logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        return token_logprobs(self._logits(hidden, targets), targets, temperature)
+
+    def _logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logits = self._logits(hidden, targets)
+        return torch.stack([token_logprobs(logits, targets, temperature), entropy(logits, temperature)], -1)
+
+    def _logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
         # The model's own forward from the trunk's end on: what it does to logits after the head (scale, soft cap) is in it.
         with self.active(), _standing_in(self.trunk, type(self.output)(**{**self.output, "last_hidden_state": hidden[None]})):
-            logits = self.model(input_ids=targets[None], use_cache=False, return_dict=True).logits
-        return token_logprobs(logits[0], targets, temperature)
+            return self.model(input_ids=targets[None], use_cache=False, return_dict=True).logits[0]
 
 
 @contextmanager

@@ -8,16 +8,19 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlhf.config.policies import Kl
 from rlhf.config.rewards import Reward
-from rlhf.config.schema import PpoConfig
-from rlhf.functional.advantages import gae
+from rlhf.config.schema import GrpoConfig, PpoConfig
+from rlhf.functional.advantages import BASELINES, deviation, gae, same_scores
 from rlhf.functional.kl import k1
 from rlhf.functional.masked import Moments, masked_mean, whiten, zero_outside
 from rlhf.functional.ppo import explained_variance
 from rlhf.functional.rewards import apply_missing_eos, clip_scores, normalize_scores, token_rewards
 from rlhf.rollout.experience import Experience
+from rlhf.rollout.scoring import Scored
 
 
 class RunningScores:
@@ -25,6 +28,9 @@ class RunningScores:
 
     def __init__(self) -> None:
         self.moments = Moments.empty()
+
+    def see(self, scores: Tensor) -> None:
+        self.moments = self.moments.merge(Moments.of(scores, scores.isfinite()))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.moments)
@@ -37,10 +43,60 @@ def credit(
     experience: Experience, config: PpoConfig, kl_coef: float, running: RunningScores
 ) -> tuple[Experience, dict[str, float]]:
     """Adds rewards, advantages (GAE) and returns; the second result is what to report of them, means over all replies."""
-    mask, reference = experience.mask, experience.reference_logprobs
-    scores = shaped_scores(experience, config.reward, running)
-    rewards = token_rewards(scores, experience.logprobs, reference, mask, kl_coef, config.kl.estimator)
-    advantages, returns = gae(rewards, experience.values, mask, config.ppo.gamma, config.ppo.lam)
+    mask, values = experience.mask, experience.values
+    assert values is not None
+    running.see(config.reward.weight * experience.scores)
+    scores = shaped_scores(experience.scores, experience.finished, config.reward, running)
+    rewards = rewards_of(experience, scores, config.kl, kl_coef)
+    advantages, returns = gae(rewards, values, mask, config.ppo.gamma, config.ppo.lam)
+    stats = described(experience, scores, kl_coef) | {
+        "value/mean": masked_mean(values, mask).item(),
+        "value/explained_variance": float(explained_variance(values, returns, mask)),
+        "advantage/mean": masked_mean(advantages, mask).item(),
+    }
+    if config.ppo.whiten:
+        advantages = whiten(advantages, mask, Moments.of(advantages, mask))
+    return replace(experience, rewards=rewards, advantages=advantages, returns=returns), stats
+
+
+def credit_without_critic(
+    experience: Experience,
+    config: GrpoConfig,
+    kl_coef: float,
+    running: RunningScores,
+    greedy: Scored | None = None,
+) -> tuple[Experience, dict[str, float]]:
+    """Adds rewards, and advantages by comparison with other replies; replies to one prompt stand side by side.
+
+    Args:
+        greedy: the greedy reply to each prompt: ReMax compares with what it scores.
+    """
+    mask, grpo, groups = experience.mask, config.grpo, (-1, config.rollout.samples_per_prompt)
+    running.see(config.reward.weight * experience.scores)
+    scores = shaped_scores(experience.scores, experience.finished, config.reward, running)
+    rewards = rewards_of(experience, scores, config.kl, kl_coef)
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
+    compared = (to_go[:, 0] if config.kl.place == "score" else scores).view(groups)
+    if greedy is None:
+        baseline = BASELINES[grpo.estimator](compared)
+    else:
+        of_greedy = shaped_scores(greedy.scores, torch.tensor(greedy.samples.finished), config.reward, running)
+        baseline = of_greedy.to(compared)[:, None].expand_as(compared)
+    advantages = zero_outside(to_go - baseline.flatten()[:, None], mask)
+    if grpo.estimator == "grpo" and grpo.scale != "none":
+        advantages = advantages / deviation(compared, grpo.scale).flatten()[:, None]
+    if grpo.estimator.startswith("reinforce++"):
+        advantages = whiten(advantages, mask, Moments.of(advantages, mask))
+    stats = described(experience, scores, kl_coef) | {
+        "advantage/mean": masked_mean(advantages, mask).item(),
+        "reward/same_scores": same_scores(scores.view(groups)).double().mean().item(),
+    }
+    return replace(experience, rewards=rewards, advantages=advantages), stats
+
+
+def described(experience: Experience, scores: Tensor, kl_coef: float) -> dict[str, float]:
+    """Means over all replies, whatever the estimator."""
+    mask = experience.mask
     stats = {
         "reward/score": experience.scores.mean().item(),
         "reward/score_std": experience.scores.std(unbiased=False).item(),
@@ -49,26 +105,26 @@ def credit(
         "rollout/ended": experience.finished.double().mean().item(),
         "rollout/count": float(len(experience)),
         "policy/entropy": -masked_mean(experience.logprobs, mask).item(),
-        "value/mean": masked_mean(experience.values, mask).item(),
-        "value/explained_variance": float(explained_variance(experience.values, returns, mask)),
-        "advantage/mean": masked_mean(advantages, mask).item(),
         "kl/coef": kl_coef,
     }
-    if reference is not None:
-        stats["kl/sequence"] = sequence_kl(experience)
-    if config.ppo.whiten:
-        advantages = whiten(advantages, mask, Moments.of(advantages, mask))
-    return replace(experience, rewards=rewards, advantages=advantages, returns=returns), stats
+    return stats | ({} if experience.reference_logprobs is None else {"kl/sequence": sequence_kl(experience)})
 
 
-def shaped_scores(experience: Experience, config: Reward, running: RunningScores) -> Tensor:
+def rewards_of(experience: Experience, scores: Tensor, kl: Kl, coef: float) -> Tensor:
+    """(B, T): the score on the last token of each reply, and the KL penalty where it is a part of the reward."""
+    reference = experience.reference_logprobs
+    if kl.place == "loss":
+        return token_rewards(scores, experience.logprobs, None, experience.mask, 0.0)
+    return token_rewards(scores, experience.logprobs, reference, experience.mask, coef, kl.estimator, kl.place)
+
+
+def shaped_scores(scores: Tensor, finished: Tensor, config: Reward, running: RunningScores) -> Tensor:
     """(B,) scores after weighting, normalising, clipping and the rule for replies that never end, in this order."""
-    scores = config.weight * experience.scores.to(experience.values.dtype)
+    scores = config.weight * scores
     if config.normalize == "running":
-        running.moments = running.moments.merge(Moments.of(scores, scores.isfinite()))
         scores = normalize_scores(scores, running.moments)
     scores = clip_scores(scores, config.clip)
-    return apply_missing_eos(scores, experience.finished, config.missing_eos, config.missing_eos_value)
+    return apply_missing_eos(scores, finished, config.missing_eos, config.missing_eos_value)
 
 
 def sequence_kl(experience: Experience) -> float:

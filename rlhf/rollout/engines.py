@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,20 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def rows(self, indices: Sequence[int]) -> Samples:
+        prompts, responses, logprobs, finished = ([column[row] for row in indices] for column in self._columns())
+        return Samples(prompts, responses, logprobs, finished, self.version)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """One after the other."""
+        columns = zip(*(part._columns() for part in parts), strict=True)
+        prompts, responses, logprobs, finished = (list(chain.from_iterable(column)) for column in columns)
+        return cls(prompts, responses, logprobs, finished, parts[0].version)
+
+    def _columns(self) -> tuple[list[Any], ...]:
+        return self.prompts, self.responses, self.logprobs, self.finished
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf.data.collate import TokenBatch, pad, reply_row, token_batch
+from rlhf.functional.masked import Aggregation, token_weights
 from rlhf.rollout.engines import Samples
 
 
@@ -30,8 +31,8 @@ class Experience:
     """(B, T) log pi(token) as the rollout engine saw it"""
     logprobs: Tensor
     """(B, T) log pi_old(token), recomputed by the forward pass the update uses"""
-    values: Tensor
-    """(B, T) V_old of the state before the token"""
+    values: Tensor | None
+    """(B, T) V_old of the state before the token; None where there is no critic"""
     reference_logprobs: Tensor | None
     """(B, T) log pi_ref(token); None where the KL penalty is off"""
     scores: Tensor
@@ -42,6 +43,8 @@ class Experience:
     """(B, T)"""
     returns: Tensor | None = None
     """(B, T)"""
+    weights: Tensor | None = None
+    """(B, T) of each token in the loss of a minibatch"""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -57,9 +60,17 @@ class Experience:
                 changes[field.name] = value[index, :longest] if value.ndim == 2 else value[index]
         return replace(self, prompts=[self.prompts[i] for i in index.tolist()], **changes)
 
+    def weighed(self, minibatch: Sequence[int], aggregation: Aggregation, longest: int) -> Experience:
+        """With the weight that each token has in the loss of some of the replies; `longest`: tokens, of `constant`."""
+        weights = torch.zeros_like(self.logprobs)
+        index = torch.as_tensor(list(minibatch))
+        weights[index] = token_weights(self.mask[index], aggregation, longest, weights.dtype)
+        return replace(self, weights=weights)
+
     def batch(self) -> TokenBatch:
-        """Read where a reply's tokens are predicted."""
-        return token_batch(reply_row(prompt, reply) for prompt, reply in zip(self.prompts, self.replies, strict=True))
+        """Read where a reply's tokens are predicted; on the device of the experience."""
+        rows = (reply_row(prompt, reply) for prompt, reply in zip(self.prompts, self.replies, strict=True))
+        return token_batch(rows).to(self.mask.device)
 
     @property
     def replies(self) -> list[list[int]]:

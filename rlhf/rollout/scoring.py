@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.functional.advantages import same_scores
 from rlhf.models.roles import Reference
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience, reply_tensors
-from rlhf.rollout.rewards import RewardSource
+
+Prompt = TypeVar("Prompt")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Replies, and (B,) what each scored."""
+
+    samples: Samples
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def rows(self, indices: Sequence[int]) -> Scored:
+        return Scored(self.samples.rows(indices), self.scores[torch.as_tensor(list(indices), dtype=torch.long)])
+
+
+def join(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
+    """One after the other, row i of the whole then put at place order[i]."""
+    back = torch.tensor(list(order)).argsort().tolist()
+    whole = Scored(Samples.joined([part.samples for part in parts]), torch.cat([part.scores for part in parts]))
+    return whole.rows(back)
+
+
+def in_places_of(
+    asked: Sequence[Prompt], scored: Scored, places: Sequence[int], drawn: Sequence[Prompt], more: Scored
+) -> tuple[list[Prompt], Scored]:
+    """Prompts at `places`, with their groups of replies, give way to those drawn whose replies do not all score the same."""
+    size, asked = len(more) // len(drawn), list(asked)
+    groups = list(range(len(asked)))
+    differing = (~same_scores(more.scores.view(-1, size))).nonzero().flatten().tolist()
+    for place, group in zip(places, differing, strict=False):
+        asked[place], groups[place] = drawn[group], len(groups) + group
+    rows = [group * size + reply for group in groups for reply in range(size)]
+    return asked, join([scored, more], range(len(scored) + len(more))).rows(rows)
 
 
 @torch.no_grad()
 def score(
-    samples: Samples,
-    texts: Sequence[str],
+    scored: Scored,
     micro_batches: Sequence[tuple[Sequence[int], float]],
     policy: nn.Module,
+    has_critic: bool,
     reference: Reference | None,
-    reward: RewardSource,
     temperature: float,
     pad_id: int,
 ) -> Experience:
@@ -30,6 +67,7 @@ def score(
     same micro-batches through the same forward make the first ratio of an update exactly 1. A micro-batch of weight 0 is one
     that only other ranks have: it is computed along with them.
     """
+    samples = scored.samples
     tokens, mask, sampled = reply_tensors(samples, pad_id)
     device = next(policy.parameters()).device
     experience = Experience(
@@ -39,9 +77,9 @@ def score(
         finished=torch.tensor(samples.finished),
         sampled_logprobs=sampled,
         logprobs=_blank(policy, mask),
-        values=_blank(policy, mask),
+        values=_blank(policy, mask) if has_critic else None,
         reference_logprobs=None if reference is None else _blank(policy, mask),
-        scores=reward(samples, texts),
+        scores=scored.scores.to(_blank(policy, mask)),
     )
     for rows, weight in micro_batches:
         part = experience.rows(rows)
@@ -51,7 +89,8 @@ def score(
         if not weight:
             continue
         _put(experience.logprobs, rows, part.spread(output.logprobs.cpu()))
-        _put(experience.values, rows, part.spread(output.values.cpu()))
+        if experience.values is not None:
+            _put(experience.values, rows, part.spread(output.values.cpu()))
         if thought is not None:
             assert experience.reference_logprobs is not None
             _put(experience.reference_logprobs, rows, part.spread(thought.cpu()))

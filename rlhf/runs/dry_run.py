@@ -8,11 +8,11 @@ from typing import Any
 
 from rlhf.config.engines import require_fit
 from rlhf.config.parse import Invocation
-from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
+from rlhf.config.schema import PolicyStage, PpoConfig, RmConfig, SftConfig
 from rlhf.data.shapes import Kind, Schema
 from rlhf.runs.launch import command, engine_of, machines_of, printable
 
-ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt"}
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt", "grpo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def require_together(invocation: Invocation) -> None:
 
 def batches(config: Any, processes: int) -> list[str]:
     """How rows become optimizer steps, one sentence a line."""
-    if isinstance(config, PpoConfig):
-        return _ppo_batches(config, processes)
+    if isinstance(config, PolicyStage):
+        return _iteration(config, processes)
     assert isinstance(config, SftConfig | RmConfig)
     rows = "pairs" if isinstance(config, RmConfig) else "sequences" if config.data.packing else "rows"
     schedule = config.schedule
@@ -59,21 +59,22 @@ def batches(config: Any, processes: int) -> list[str]:
 def writes(config: Any) -> list[str]:
     """The files a run leaves, where it would leave them."""
     names = ["run.json", "status.json", "metrics.jsonl"]
-    if isinstance(config, PpoConfig) and config.report.samples:
+    if isinstance(config, PolicyStage) and config.report.samples:
         names.append("samples.jsonl")
     if config.report.profile:
         names.append("profile/")
     names += ["checkpoints/step-N/", "model/"]
     if isinstance(config, PpoConfig):
         names.append("critic/")
+    if isinstance(config, PolicyStage) and config.ema_decay:
+        names.append("ema/")
     return [f"{config.output.rstrip('/')}/{name}" for name in names]
 
 
-def _ppo_batches(config: PpoConfig, processes: int) -> list[str]:
-    rollout, ppo, schedule = config.rollout, config.ppo, config.schedule
-    replies = rollout.batch_size * rollout.samples_per_prompt
-    minibatches = math.ceil(replies / ppo.minibatch_size)
-    steps = minibatches * ppo.epochs
+def _iteration(config: PolicyStage, processes: int) -> list[str]:
+    rollout, update, schedule, replies = config.rollout, config.update, config.schedule, config.replies
+    minibatches = math.ceil(replies / update.minibatch_size)
+    steps = minibatches * update.epochs
     length = {
         "steps": f"{schedule.length} iterations: {schedule.length * steps} optimizer steps, "
         f"{schedule.length * replies} replies in all",
@@ -82,9 +83,9 @@ def _ppo_batches(config: PpoConfig, processes: int) -> list[str]:
     return [
         f"{replies} replies per iteration = {rollout.batch_size} prompts x {rollout.samples_per_prompt} samples, "
         f"at most {rollout.generation_batch_size} sampled at a time by each of {_count(processes, 'process')}",
-        f"{steps} optimizer steps per iteration = {minibatches} minibatches x {ppo.epochs} epochs",
-        f"{ppo.minibatch_size} replies per optimizer step = "
-        + _step(ppo.minibatch_size, "replies", processes, config.micro_batch_size),
+        f"{steps} optimizer steps per iteration = {minibatches} minibatches x {update.epochs} epochs",
+        f"{update.minibatch_size} replies per optimizer step = "
+        + _step(update.minibatch_size, "replies", processes, config.micro_batch_size),
         length[schedule.unit],
     ]
 

@@ -32,6 +32,7 @@ INPUT_FIELDS = {
     "reward": "reward.source",
     "data.train": "data.train",
     "data.eval": "data.eval",
+    "data.ptx": "ptx.file",
 }
 """Input name -> config field, for the stages that have it."""
 
@@ -44,7 +45,7 @@ OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 # Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
-WRITTEN = ("model", "critic", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile")
+WRITTEN = ("model", "critic", "ema", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile")
 """What a run writes, and so replaces, in its directory."""
 
 MACHINE = ("world_size", "threads", "engine", "device")

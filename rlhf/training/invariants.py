@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.schema import PpoConfig
+from rlhf.config.schema import PolicyStage, PpoConfig
 from rlhf.data.collate import Row, token_batch
 from rlhf.errors import CheckFailed
 from rlhf.fp8.recipes import recipe_of
@@ -72,7 +72,7 @@ class Checks:
             raise CheckFailed(f"{len(failed)} of {len(self.results)} self-checks fail in the first iteration: {names}\n{lines}")
 
 
-def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> None:
+def first_scores(checks: Checks, experience: Experience, config: PolicyStage) -> None:
     """Checks on the first iteration's scored and credited experience, before any update."""
     mask = experience.mask.bool()
     tolerance = _tolerance(config)
@@ -96,9 +96,14 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
         outside,
         "rewards, values, advantages and returns are 0 where no reply token is",
     )
+
+
+def whitening(checks: Checks, experience: Experience, config: PpoConfig) -> None:
+    """Check on the first iteration's advantages."""
     if config.ppo.whiten:
         assert experience.advantages is not None
         assert experience.returns is not None
+        assert experience.values is not None
         moments = Moments.of(experience.advantages, experience.mask)
         variance = Moments.of(experience.returns - experience.values, experience.mask).variance
         expected = math.sqrt(variance / (variance + WHITENING_EPS))  # not 1 where there is next to nothing to whiten
@@ -108,7 +113,7 @@ def first_scores(checks: Checks, experience: Experience, config: PpoConfig) -> N
 
 
 @torch.no_grad()
-def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, config: PpoConfig) -> str:
+def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, config: PolicyStage) -> str:
     """Whether FP8 makes a token's log-prob depend on the rows beside it: replies scored alone and together, no pads.
 
     A recipe that scales all rows together does; that is no failure but a warning, with what was measured.
@@ -139,7 +144,7 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
     )
 
 
-def _tolerance(config: PpoConfig) -> float:
+def _tolerance(config: PolicyStage) -> float:
     plain = ROLLOUT_TOLERANCE[config.precision]
     if config.fp8.recipe == "none":
         return plain
@@ -151,10 +156,10 @@ def first_minibatch(checks: Checks, stats: Mapping[str, float]) -> None:
     """Checks on the first forward of the first update, which sees the weights the rollouts were scored with."""
     largest, clipped = stats["policy/max_abs_log_ratio"], stats["policy/clip_fraction"]
     checks.expect("first ratio", largest == 0, largest, "max |log ratio| of the first minibatch is exactly 0")
-    moved = stats["value/max_abs_change"]
-    checks.expect(
-        "first values", moved == 0, moved, "the critic reads the same positions in scoring and update: values are equal"
-    )
+    if (moved := stats.get("value/max_abs_change")) is not None:
+        checks.expect(
+            "first values", moved == 0, moved, "the critic reads the same positions in scoring and update: values are equal"
+        )
     checks.expect("first clip fraction", clipped == 0, clipped, "nothing is clipped in the first minibatch")
 
 

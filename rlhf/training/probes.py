@@ -30,6 +30,7 @@ PROBED_ROWS = 8
 def probe_forward(checks: Checks, policy: ActorCritic, experience: Experience, temperature: float) -> None:
     """Log-probabilities and values against plain forwards of single replies."""
     largest, largest_value = 0.0, 0.0
+    assert experience.values is not None
     for row in range(min(PROBED_ROWS, len(experience))):
         reply = experience.tokens[row][experience.mask[row].bool()]
         ids = torch.cat([torch.tensor(experience.prompts[row]), reply])[None].to(next(policy.parameters()).device)
@@ -63,7 +64,7 @@ def probe_dropout(checks: Checks, policy: nn.Module, experience: Experience, dev
 def probe_credit(checks: Checks, experience: Experience, config: PpoConfig) -> None:
     """Where the score sits, and which way the KL term pushes."""
     assert experience.rewards is not None
-    scores = shaped_scores(experience, config.reward, RunningScores())
+    scores = shaped_scores(experience.scores, experience.finished, config.reward, RunningScores())
     lengths = experience.mask.sum(1)
     expected = torch.zeros_like(experience.rewards)
     expected[torch.arange(len(scores)), lengths - 1] = scores
@@ -88,12 +89,13 @@ def probe_loss(
 ) -> None:
     """Pads and micro-batching must not reach the loss."""
     rows = experience.rows(range(min(2 * PROBED_ROWS, len(experience))))
-    tokens = float(rows.mask.sum())
-    plain = float(loss_of(rows).detach()) / tokens
+    rows = rows.weighed(range(len(rows)), "tokens", longest=1)
+    plain = float(loss_of(rows).detach())
     outside = ~rows.mask.bool()
     fields = ("logprobs", "values", "rewards", "advantages", "returns")
     spoiled = [{name: getattr(rows, name).masked_fill(outside, value) for name in fields} for value in (GARBAGE, -GARBAGE)]
-    difference = max(abs(float(loss_of(replace(rows, **changes)).detach()) / tokens - plain) for changes in spoiled)
+    differences = [loss_of(replace(rows, **changes)).detach() - plain for changes in spoiled]
+    difference = torch.stack(differences).abs().max()  # NaN if one of them is, which Python's max would pass over
     checks.expect(
         "pads",
         difference < 1e-6,
@@ -105,7 +107,7 @@ def probe_loss(
     parameters = [p for p in parameters if p.requires_grad]
     for size in (1, 4):
         parts = [rows.rows(micro) for micro in chunks(range(len(rows)), size)]
-        total = torch.stack([loss_of(part) for part in parts]).sum() / tokens
+        total = torch.stack([loss_of(part) for part in parts]).sum()
         losses[size] = float(total.detach())
         gradients[size] = torch.cat(
             [g.flatten() for g in torch.autograd.grad(total, parameters, allow_unused=True) if g is not None]

@@ -33,6 +33,7 @@ def save(train: Training) -> None:
     """Commits a training checkpoint of the steps done so far."""
     weights = ((name, train.engine.whole(p)) for name, p in train.policy.named_parameters() if p.requires_grad)
     tensors = {"model": _on_main(train, weights), "optimizer": _on_main(train, train.engine.optimizer_tensors())}
+    tensors |= {name: _on_main(train, weights.named()) for name, weights in train.weights.items()}
     if train.is_main:
         for records in (train.metrics, train.samples):
             records.sync()
@@ -68,6 +69,8 @@ def restore(train: Training) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
+    for name, others in train.weights.items():
+        others.restore(found.tensors(name))
     if fp8_state(train.all_models()):
         saved = found.tensors("fp8", optional=True)
         load_fp8_state(train.all_models(), saved, strict=not train.resume.allow_inexact)

@@ -53,6 +53,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Weights(Protocol):
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors; all ranks ask together, and rank 0 keeps what comes."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 class Training:
     """One run of one stage in one process. Made by `open_training`."""
 
@@ -75,6 +83,7 @@ class Training:
         self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
         self.manifest: dict[str, Any] = {}
         self.non_finite = NonFinite(self)
+        self.weights: dict[str, Weights] = {}
         self.states: dict[str, Stateful] = {"non_finite": self.non_finite}
         self.result: dict[str, Any] = {}
         self.stats, self.profiler = Stats(), Profiler(self)
@@ -95,6 +104,10 @@ class Training:
     def remember(self, **states: Stateful) -> None:
         """State beside weights and optimizer that a checkpoint must hold; called before `prepare`."""
         self.states |= states
+
+    def remember_weights(self, **weights: Weights) -> None:
+        """Tensors beside those of the policy that a checkpoint must hold; called before `prepare`."""
+        self.weights |= weights
 
     def prepare(self, policy: nn.Module, optimizer: Optimizer, schedule: Schedule, length: int) -> nn.Module:
         """Restores the latest checkpoint, if any, and hands model and optimizer to the engine.
@@ -201,12 +214,12 @@ class Training:
         """Part of the run that is done."""
         return (self.tokens_done if self.schedule.unit == "tokens" else self.step_done) / self.length
 
-    def accumulate(self, items: Sequence[Any], size: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches; gradients are exchanged with the last one only."""
+    def accumulate(self, items: Sequence[Any], size: int, more: bool = False) -> Iterator[MicroBatch]:
+        """This rank's micro-batches; gradients are exchanged with the last one only, or not yet if `more` are to follow."""
         micros = micro_batches(items, size, self.rank, self.world_size)
         for number, micro in enumerate(micros, start=1):
             self.non_finite.items = micro.items
-            with self.engine.accumulating(last=number == len(micros)):
+            with self.engine.accumulating(last=number == len(micros) and not more):
                 yield micro
 
     def backward(self, loss: Tensor) -> None:

@@ -224,7 +224,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path, text: str) -> None
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_defaults_of_every_stage_read_back_equal(tmp_path: Path, stage: str) -> None:
     required = {"output": "o", "model": {"path": "m"}, "data": {"train": "t"}}
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         required = {"output": "o", "roles": {"actor": "a"}, "data": {"train": "t"}, "reward": {"source": "r"}}
     config = STAGES[stage].model_validate(required)
     file = tmp_path / "resolved.json"

@@ -185,7 +185,7 @@ def test_help_shows_every_field_with_its_description(stage: str) -> None:
     assert len(fields) > 20
     for name, description in fields.items():
         flag = "--" + name.replace("_", "-")
-        assert re.search(re.escape(flag) + "[^-]*?" + re.escape(without_layout(description)), letters), name
+        assert re.search(re.escape(flag) + "(?:(?!--).)*?" + re.escape(without_layout(description)), letters), name
     for short in SHORT_FLAGS.values():
         given = any(f"--{short}{metavar}" in letters for metavar in ("TEXT", "true|false"))
         assert given == any(short in (name, SHORT_FLAGS.get(name)) for name in fields), short
@@ -199,7 +199,7 @@ def test_help_shows_every_field_with_its_description(stage: str) -> None:
 def test_help_shows_range_and_default() -> None:
     letters = without_layout(help_text("ppo"))
     for shown in (
-        "--ppo.clip NUMBER Policy ratio clipping range. (above 0; default: 0.2)",
+        "--ppo.clip NUMBER Policy ratio clipping range: a ratio counts between 1 - clip and 1 + clip. (above 0; default: 0.2)",
         "--ppo.gamma NUMBER Discount per token. (from 0 to 1; default: 1.0)",
         "--precision fp64|fp32|bf16",
         "--max-hours NUMBER|none",

@@ -192,6 +192,10 @@ def flags(stage: str, world: Path, output: Path, **more: object) -> list[str]:
                 "data__eval": world / "prompts.jsonl", "data__eval_limit": 6, "rollout__batch_size": 14,
                 "rollout__max_new_tokens": 6, "ppo__minibatch_size": 7, "ppo__epochs": 2, "optimizer__lr": 1e-3,
                 "optimizer__critic_lr": 1e-3, "rollout__temperature": 0.7},
+        "grpo": {"actor": world / "model", "reward": "count:a", "data": world / "prompts.jsonl",
+                 "data__eval": world / "prompts.jsonl", "data__eval_limit": 6, "rollout__batch_size": 7,
+                 "rollout__samples_per_prompt": 3, "rollout__max_new_tokens": 6, "grpo__minibatch_size": 7,
+                 "grpo__epochs": 2, "optimizer__lr": 1e-3, "rollout__temperature": 0.7},
     }[stage]  # fmt: skip
     merged = {**common, **own, **more}
     return [f"--{name.replace('__', '.')}={value}" for name, value in merged.items()]

@@ -49,7 +49,7 @@ def positions_off_by_one(module) -> None:
 
 def temperature_missing_in_the_update(module) -> None:
     right = module.ppo_loss
-    module.ppo_loss = lambda policy, *a, **k: right(lambda batch, temperature: policy(batch), *a, **k)
+    module.ppo_loss = lambda policy, *a, **k: right(lambda batch, temperature, entropy: policy(batch), *a, **k)
 
 
 def score_one_index_late(module) -> None:
@@ -60,18 +60,22 @@ def score_one_index_late(module) -> None:
 
 
 def pads_unmasked(module) -> None:
-    right = module.policy_loss
-    module.policy_loss = lambda new, old, adv, mask, clip: right(new, old, adv, torch.ones_like(mask), clip)
+    import rlhf.training.losses as losses
+
+    right = losses.policy_loss
+    losses.policy_loss = lambda new, old, adv, mask, *more: right(new, old, adv, torch.ones_like(mask), *more)
 
 
 def mean_of_means(module) -> None:
-    right = module.policy_loss
+    import rlhf.training.losses as losses
 
-    def mean(new, old, adv, mask, clip):
-        loss, stats = right(new, old, adv, mask, clip)
+    right = losses.policy_loss
+
+    def mean(new, old, adv, mask, *more):
+        loss, stats = right(new, old, adv, mask, *more)
         return loss / mask.sum() * 100, stats
 
-    module.policy_loss = mean
+    losses.policy_loss = mean
 
 
 def value_index_shifted(module) -> None:
@@ -86,8 +90,10 @@ def value_index_shifted(module) -> None:
             output = self.inner(*a, **k)
             return output._replace(values=torch.roll(output.values, -1))
 
-    right = module.score
-    module.score = lambda samples, texts, places, policy, *more: right(samples, texts, places, Shifted(policy), *more)
+    import rlhf.training.collection as collection
+
+    right = collection.score
+    collection.score = lambda scored, places, policy, *more: right(scored, places, Shifted(policy), *more)
 
 
 def dropout_on(module) -> None:

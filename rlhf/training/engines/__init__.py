@@ -52,7 +52,11 @@ class Engine(Protocol):
         ...
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """A parameter of the policy, put together from what the ranks hold of it; to be read only."""
+        """A parameter of a prepared model, put together from what the ranks hold of it; to be read only."""
+        ...
+
+    def put(self, parameter: Tensor, whole: Tensor) -> None:
+        """Gives a parameter of a prepared model, trained or frozen, a value that every rank has whole."""
         ...
 
     def consolidate(self, keep: bool) -> None:

@@ -47,6 +47,10 @@ class DataParallel:
     def whole(self, parameter: Tensor) -> Tensor:
         return parameter
 
+    @torch.no_grad()
+    def put(self, parameter: Tensor, whole: Tensor) -> None:
+        parameter.copy_(whole)
+
     def consolidate(self, keep: bool) -> None: ...
 
     def optimizer_tensors(self) -> Named:

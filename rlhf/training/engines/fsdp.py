@@ -55,6 +55,12 @@ class FullyShardedDataParallel:
     def whole(self, parameter: Tensor) -> Tensor:
         return _whole(parameter.detach())
 
+    @torch.no_grad()
+    def put(self, parameter: Tensor, whole: Tensor) -> None:
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+        parameter.copy_(whole)
+
     def consolidate(self, keep: bool) -> None:
         consolidate(self.policy, self.whole, keep)
 

@@ -110,6 +110,14 @@ class Zero:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
+    @torch.no_grad()
+    def put(self, parameter: Tensor, whole: Tensor) -> None:
+        if self.stage < 3:
+            parameter.copy_(whole)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(whole)
+
     def consolidate(self, keep: bool) -> None:
         if self.stage == 3:
             consolidate(self.policy, self.whole, keep)

@@ -1,0 +1,39 @@
+"""The actor's loss in every policy stage: clipped, and beside it the KL and the entropy where they are in the loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf.config.policies import Kl, PolicyUpdate
+from rlhf.functional.kl import ESTIMATORS
+from rlhf.functional.masked import zero_outside
+from rlhf.functional.ppo import policy_loss
+from rlhf.models.actor_critic import Output
+from rlhf.report.stats import Stats
+from rlhf.rollout.experience import Experience
+
+
+def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, kl_coef: float, stats: Stats) -> Tensor:
+    """Loss of a micro-batch by the weights of its tokens; statistics of it go into `stats`.
+
+    Args:
+        output: of the policy on `part.batch()`, with the entropy where `update.entropy_coef` is not 0.
+        kl_coef: as the controller has it now.
+    """
+    assert part.advantages is not None
+    assert part.weights is not None
+    assert output.logprobs is not None
+    logprobs, mask, weights = part.spread(output.logprobs), part.mask, part.weights
+    ranges = update.clip, weights, update.clip_high, update.dual_clip
+    loss, told = policy_loss(logprobs, part.logprobs, part.advantages, mask, *ranges)
+    stats.add_all({f"policy/{name}": value for name, value in told.items()}, mask.sum())
+    stats.add("policy/loss", loss.detach(), weights.sum())
+    if kl.place == "loss" and part.reference_logprobs is not None:
+        apart = zero_outside(ESTIMATORS[kl.estimator](logprobs, part.reference_logprobs), mask)
+        loss = loss + kl_coef * (weights * apart).sum()
+        stats.add("kl/loss", (weights * apart).sum().detach(), weights.sum())
+    if output.entropy is not None:
+        spread = part.spread(output.entropy)
+        loss = loss - update.entropy_coef * (weights * spread).sum()
+        stats.add("policy/full_entropy", spread.sum().detach(), mask.sum())
+    return loss

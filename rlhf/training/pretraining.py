@@ -1,0 +1,42 @@
+"""PPO-ptx: the loss of demonstrations or plain text, mixed into a policy's steps (Ouyang et al. 2022, arXiv:2203.02155)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rlhf.config.policies import Ptx
+from rlhf.config.sections import Schedule
+from rlhf.data.collate import sft_batch, trained_places
+from rlhf.data.examples import SftExample, sft_examples
+from rlhf.data.order import Batches
+from rlhf.data.templates import Template
+from rlhf.functional.sft import sft_loss
+from rlhf.training.session import Training
+
+
+class PretrainingMix:
+    """Rows of `config.file`, `config.batch_size` of them a step; without a file it does nothing."""
+
+    def __init__(self, train: Training, config: Ptx, template: Template, micro_batch_size: int) -> None:
+        self.train, self.config, self.micro_batch_size = train, config, micro_batch_size
+        self.rows: list[SftExample] = []
+        if config.file:
+            self.rows = train.read(config.file, sft_examples(config.file, config, template), "rows to mix in")
+            self.batches = Batches(len(self.rows), config.batch_size, train.seed("ptx"), Schedule(unit="steps"))
+
+    def backward(self, policy: nn.Module, step: int) -> None:
+        """Adds the gradient of the rows of optimizer step `step`.
+
+        Called before the policy's own micro-batches: gradients are exchanged with the last backward, which must reach the
+        critic as well.
+        """
+        if not self.rows:
+            return
+        train = self.train
+        rows = sorted((self.rows[index] for index in self.batches[step]), key=len)
+        count = sum(len(trained_places(row)) for row in rows)
+        for micro in train.accumulate(rows, self.micro_batch_size, more=True):
+            batch = sft_batch(micro.items).to(train.device)
+            loss = sft_loss(policy(batch, roles=("actor",)).logprobs)
+            train.backward(micro.weight * self.config.coef * loss / count)
+            train.stats.add("ptx/loss", micro.weight * loss.detach(), micro.weight * len(batch.targets))

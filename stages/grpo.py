@@ -1,0 +1,180 @@
+"""Policy optimisation without a critic: a reply is as good as it is better than other replies to its prompt.
+
+    rlhf grpo --config grpo --actor runs/sft --reward runs/rm --data FILE
+    accelerate launch --config_file configs/launch/ddp.yaml stages/grpo.py --config configs/grpo.yaml
+
+Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty); a reward model, a function or a service as
+        reward; rows of prompts.
+Writes  model/  metrics.jsonl  samples.jsonl  run.json
+
+One iteration, in the notation of Shao et al. 2024 (arXiv:2402.03300):
+
+    1. roll out   y_1 ... y_G ~ pi_old(.|x), and one score each; prompts that teach nothing give way to others
+    2. score      log pi_old and log pi_ref of every token
+    3. credit     A_i = score_i - baseline: the group's mean (grpo, which divides by its deviation), the mean of the others
+                  (rloo), none (reinforce++, whitened over all replies), or the score of the greedy reply (remax)
+    4. update     `epochs` passes over minibatches of the clipped loss
+    5. report
+
+Estimators, conventions and where TRL differs: docs/grpo.md.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from rlhf.config.parse import Invocation
+from rlhf.config.schema import GrpoConfig
+from rlhf.config.sections import Schedule
+from rlhf.data.examples import PromptExample, prompt_examples
+from rlhf.data.order import Batches, minibatches, row_seeds
+from rlhf.data.templates import Template
+from rlhf.fp8.apply import is_on as fp8_is_on
+from rlhf.functional.advantages import same_scores
+from rlhf.functional.kl import controller
+from rlhf.models.roles import open_grpo
+from rlhf.models.save import save_model
+from rlhf.report.stats import Stats
+from rlhf.rollout.credit import RunningScores, credit_without_critic
+from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.experience import Experience
+from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.rewards import open_reader, open_reward
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.scoring import Scored, in_places_of
+from rlhf.rollout.watched import found_again, watched
+from rlhf.training import invariants
+from rlhf.training.collection import Collection
+from rlhf.training.entry import run_stage
+from rlhf.training.followers import Followers
+from rlhf.training.losses import actor_loss
+from rlhf.training.opening import open_training
+from rlhf.training.pretraining import PretrainingMix
+
+SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "reward/same_scores")
+
+
+def main(invocation: Invocation) -> None:
+    config: GrpoConfig = invocation.config
+    rollout, grpo = config.rollout, config.grpo
+    with open_training("grpo", config, invocation.resume) as train:
+        # -- who takes part ------------------------------------------------------------------------------------------
+        reader = open_reader(config.reward)
+        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
+        roles = open_grpo(config)
+        for note in roles.notes:
+            train.note(note)
+        train.record_tokenizer(roles.tokenizer)
+        for frozen in roles.frozen:
+            roles.prepared(frozen, train.prepare_frozen(frozen))
+        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
+        template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+
+        def read(path: str) -> list[PromptExample]:
+            prompts = train.read(path, prompt_examples(path, config.data, template), "prompts")
+            roles.check_context(max(map(len, prompts)) + rollout.max_new_tokens, "data.max_length or rollout.max_new_tokens")
+            return prompts
+
+        prompts = read(config.data.train)
+        held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
+
+        running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
+        train.remember(running=running, kl=kl)
+        followers = Followers(train, config, roles)
+        mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
+        batches = Batches(len(prompts), rollout.batch_size, train.seed("data"), config.schedule)
+        others = Batches(len(prompts), rollout.batch_size, train.seed("resample"), Schedule(unit="steps"))
+        policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
+        roles.prepared(roles.policy, policy)
+        roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
+        engine = NativeEngine(train.gathered, roles.stop_ids, roles.pad_id, rollout.generation_batch_size, train.note)
+        engine.sync(policy, version=train.step_done)
+        who = train, config, roles, policy, engine, reward
+        collect = Collection(*who, grpo.minibatch_size, scorers, held_out)
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
+
+        def replies(asked: list[PromptExample], *purpose: object) -> Scored:
+            """As many to each prompt as a group has, side by side."""
+            rows = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
+            return collect.replies(rows, row_seeds(train.seed(*purpose), [prompt.index for prompt in rows]), sampling)
+
+        # -- the loop ------------------------------------------------------------------------------------------------
+        for step in train.steps():
+            if held_out and step == 0:
+                train.result["before"] = collect.evaluation(0)
+            checks = invariants.Checks()
+
+            # 1: a prompt whose replies all score the same gives way to one of other prompts, a few times at most
+            asked = [prompts[index] for index in batches[step][: rollout.batch_size]]
+            scored = replies(asked, "rollout", step)
+            for number in range(grpo.resample):
+                places = same_scores(scored.scores.view(-1, rollout.samples_per_prompt)).nonzero().flatten().tolist()
+                if not places:
+                    break
+                drawn = [prompts[index] for index in others[step * grpo.resample + number]][: len(places)]
+                more = replies(drawn, "resample", step, number)
+                asked, scored = in_places_of(asked, scored, places, drawn, more)
+
+            # 2, 3: what the policies think of it, and which reply gets how much of the praise
+            experience = collect.experience(scored, sampling)
+            greedy = None
+            if grpo.estimator == "remax":
+                greedy = collect.replies(asked, [0] * len(asked), Sampling(rollout.max_new_tokens, temperature=0.0))
+            experience, stats = credit_without_critic(experience, config, kl.coef, running, greedy)
+            train.stats.put(stats)
+            each = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
+            find = partial(found_again, experience, each, roles.tokenizer, config.reward.source)
+            usable = train.non_finite.allows(watched(experience), find, grpo.minibatch_size)
+            if usable and step == 0:
+                invariants.first_scores(checks, experience, config)
+                if fp8_is_on(roles.policy):
+                    train.note(invariants.batch_mates(checks, roles.policy, experience, config))
+
+            # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
+            plan = list(minibatches(len(experience), grpo.minibatch_size, grpo.epochs, train.seed("update", step)))
+            with train.phase("update"):
+                for count, minibatch in enumerate(plan if usable else ()):
+                    experience = experience.weighed(minibatch, grpo.aggregation, rollout.max_new_tokens)
+                    stats_here = Stats()
+                    mix.backward(policy, step * len(plan) + count)
+                    for micro in train.accumulate(minibatch, config.micro_batch_size):
+                        part, stats_of = experience.rows(micro.items).to(train.device), stats_here if micro.weight else Stats()
+                        train.backward(micro.weight * grpo_loss(policy, part, config, kl.coef, stats_of))
+                    if not train.optimizer_step():
+                        continue
+                    if step == count == 0:
+                        invariants.first_minibatch(checks, train.reduce(stats_here))
+                        checks.require()
+                    train.stats.absorb(stats_here)
+                    if grpo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > grpo.target_kl:
+                        break
+
+            # 5
+            if usable and roles.reference is not None:
+                kl.update(stats["kl/sequence"], len(experience))
+            followers.follow(step)
+            engine.sync(policy, version=step + 1)
+            train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
+                collect.evaluation(step + 1)
+
+        # -- the result ----------------------------------------------------------------------------------------------
+        if held_out:
+            train.result["after"] = collect.evaluation(train.step_done)
+        train.consolidate()
+        if train.is_main:
+            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
+            followers.save_average()
+        train.finish(train.result, ["model", *followers.outputs])
+
+
+def grpo_loss(policy, part: Experience, config: GrpoConfig, kl_coef: float, stats: Stats) -> torch.Tensor:
+    """Loss of a micro-batch, by the weights of its tokens; statistics go into `stats`."""
+    output = policy(part.batch(), temperature=config.rollout.temperature, entropy=config.grpo.entropy_coef > 0)
+    return actor_loss(output, part, config.grpo, config.kl, kl_coef, stats)
+
+
+if __name__ == "__main__":
+    run_stage("grpo", main)
