@@ -128,6 +128,9 @@ class PolicyUpdate(Section):
     """The range above 1, where that is to be another (clip-higher, DAPO: 0.28); none: as `clip`."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the ratio for tokens with a negative advantage (dual-clip PPO: 3); none: no bound."""
+    ratio_of: Literal["tokens", "reply", "reply_mean"] = "tokens"
+    """What has a ratio of its own, to be clipped: each token, or each reply, as the product (RLOO in TRL) or the geometric mean
+    (GSPO) of those of its tokens."""
     aggregation: Literal["tokens", "replies", "constant"] = "tokens"
     """How the loss of a minibatch is a mean: over all its tokens; over the tokens of each reply, then over replies (GRPO); over
     replies of sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""

@@ -8,11 +8,15 @@ purpose: the weights of the value loss, the KL and the entropy beside the policy
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from rlhf.functional.masked import masked_sum, zero_outside
+
+RatioOf = Literal["tokens", "reply", "reply_mean"]
 
 
 def policy_loss(
@@ -24,6 +28,7 @@ def policy_loss(
     weights: Float[Tensor, "B T"] | None = None,
     clip_high: float | None = None,
     dual_clip: float | None = None,
+    ratio_of: RatioOf = "tokens",
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Sum of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), ratio = exp(logprobs - old_logprobs).
 
@@ -32,6 +37,8 @@ def policy_loss(
         clip_high: None: as `clip`. A larger one lets unlikely tokens grow (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8).
         dual_clip: the loss of a token with A < 0 is at most -A dual_clip, however far its ratio grew; above 1 (Ye et al. 2020,
             arXiv:1912.09729, eq. 5). None: no such bound.
+        ratio_of: `reply`: one ratio for all tokens of a reply, the product of theirs (RLOO, Ahmadian et al. 2024,
+            arXiv:2402.14740); `reply_mean`: the geometric mean of theirs (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 7).
 
     Statistics, detached: `approx_kl` (half the squared log ratio), `clip_fraction` (tokens with a ratio outside the
     clip range, whatever the sign of A) and `ratio` are sums; `max_abs_log_ratio` is a maximum, as a sum of signed
@@ -40,7 +47,7 @@ def policy_loss(
     low, high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
     # Masked before exp, not after: the gradient of exp at a masked infinity would be 0 * inf = NaN.
     log_ratio = zero_outside(logprobs - old_logprobs, mask)
-    ratio = log_ratio.exp()
+    ratio = _of_reply(log_ratio, mask, ratio_of).exp()
     advantages = zero_outside(advantages, mask)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
     if dual_clip is not None:
@@ -49,7 +56,7 @@ def policy_loss(
     log_ratio, ratio = log_ratio.detach(), ratio.detach()
     return _weighed_sum(loss, weights), {
         "approx_kl": 0.5 * log_ratio.square().sum(),
-        "clip_fraction": ((ratio < low) | (ratio > high)).sum(),
+        "clip_fraction": masked_sum(((ratio < low) | (ratio > high)).to(ratio), mask),
         "ratio": masked_sum(ratio, mask),
         "max_abs_log_ratio": log_ratio.abs().max(),
     }
@@ -96,6 +103,15 @@ def explained_variance(
     if selected.numel() == 0 or selected.amin() == selected.amax():
         return torch.zeros((), dtype=returns.dtype, device=returns.device)
     return 1 - errors.var(correction=0) / selected.var(correction=0)
+
+
+def _of_reply(log_ratio: Tensor, mask: Tensor, ratio_of: RatioOf) -> Tensor:
+    if ratio_of == "tokens":
+        return log_ratio
+    total = log_ratio.sum(1, keepdim=True)
+    if ratio_of == "reply_mean":
+        total = total / mask.bool().sum(1, keepdim=True).clamp(min=1)
+    return zero_outside(total.expand_as(log_ratio), mask)
 
 
 def _weighed_sum(loss: Tensor, weights: Tensor | None) -> Tensor:

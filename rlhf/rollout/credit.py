@@ -76,15 +76,17 @@ def credit_without_critic(
     scores = shaped_scores(experience.scores, experience.finished, config.reward, running)
     rewards = rewards_of(experience, scores, config.kl, kl_coef)
     to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
-    compared = (to_go[:, 0] if config.kl.place == "score" else scores).view(groups)
+    whole = (to_go[:, 0] if config.kl.place == "score" else scores).view(groups)
     if greedy is None:
-        baseline = BASELINES[grpo.estimator](compared)
+        compared = whole - BASELINES[grpo.estimator](whole)
     else:
         of_greedy = shaped_scores(greedy.scores, torch.tensor(greedy.samples.finished), config.reward, running)
-        baseline = of_greedy.to(compared)[:, None].expand_as(compared)
-    advantages = zero_outside(to_go - baseline.flatten()[:, None], mask)
+        compared = whole - of_greedy.to(whole)[:, None]
     if grpo.estimator == "grpo" and grpo.scale != "none":
-        advantages = advantages / deviation(compared, grpo.scale).flatten()[:, None]
+        compared = compared / deviation(whole, grpo.scale)
+    # A penalty on a token is its own, and that of the tokens before: it is compared with nothing, and not scaled.
+    of_tokens = to_go - whole.flatten()[:, None]
+    advantages = zero_outside(compared.flatten()[:, None] + of_tokens, mask)
     if grpo.estimator.startswith("reinforce++"):
         advantages = whiten(advantages, mask, Moments.of(advantages, mask))
     stats = described(experience, scores, kl_coef) | {

@@ -24,7 +24,7 @@ def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, k
     assert part.weights is not None
     assert output.logprobs is not None
     logprobs, mask, weights = part.spread(output.logprobs), part.mask, part.weights
-    ranges = update.clip, weights, update.clip_high, update.dual_clip
+    ranges = update.clip, weights, update.clip_high, update.dual_clip, update.ratio_of
     loss, told = policy_loss(logprobs, part.logprobs, part.advantages, mask, *ranges)
     stats.add_all({f"policy/{name}": value for name, value in told.items()}, mask.sum())
     stats.add("policy/loss", loss.detach(), weights.sum())

@@ -106,5 +106,5 @@ def test_each_estimator_learns_and_unlearns(estimator, seed, world, tmp_path):
         output = tmp_path / f"run{weight}"
         assert run("grpo", flags("grpo", world, output, reward__weight=weight, **more), log) == 0, log.read_text()
         scores[weight] = [line["reward/score"] for line in metrics(output)]
-    assert sum(scores[1][-3:]) / 3 > sum(scores[1][:3]) / 3 + 1.0, scores
-    assert sum(scores[-1][-3:]) / 3 < sum(scores[-1][:3]) / 3 - 0.5, scores
+    assert sum(scores[1][-3:]) / 3 > scores[1][0] + 1.0, scores
+    assert sum(scores[-1][-3:]) / 3 < scores[-1][0] / 2, scores
