@@ -23,7 +23,7 @@ def test_help_is_one_screen_of_commands_that_exist(capsys: pytest.CaptureFixture
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 120
     examples = re.findall(r"  rlhf (\w+)", text)
-    stages = {"run", "sft", "rm", "ppo"}
+    stages = {"run", "sft", "rm", "ppo", "grpo"}
     assert set(examples) == stages | {"generate", "eval", "show", "convert", "vocab", "fp8", "path", "copy"}
 
 

@@ -143,6 +143,7 @@ FLAGS = {
     "sft": ["--model=m", "--data=d.jsonl"],
     "rm": ["--model=m", "--data=d.jsonl"],
     "ppo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
+    "grpo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
 }
 
 

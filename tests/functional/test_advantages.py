@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf.functional.advantages import gae
+from rlhf.functional.advantages import BASELINES, deviation, gae, same_scores
 from rlhf.functional.masked import Moments, whiten
 
 Array = NDArray[np.float64]
@@ -177,3 +177,28 @@ def test_e12_empty_and_full_responses_are_finite(length: int) -> None:
     for result in gae(rewards, values, mask, 1.0, 0.95):
         assert result.isfinite().all()
         assert result.count_nonzero() == length
+
+
+SCORES = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=torch.float64)
+
+
+def test_baselines_by_hand() -> None:
+    """Means 3 and 4; without the reply itself (2 + 6) / 2, (1 + 6) / 2, (1 + 2) / 2."""
+    assert BASELINES["grpo"](SCORES).tolist() == BASELINES["reinforce++-baseline"](SCORES).tolist() == [[3.0] * 3, [4.0] * 3]
+    assert BASELINES["rloo"](SCORES).tolist() == [[4.0, 3.5, 1.5], [4.0] * 3]
+    assert BASELINES["reinforce++"](SCORES).abs().sum() == 0
+
+
+def test_leave_one_out_is_the_centred_score_scaled() -> None:
+    """s_i - mean of the others = (s_i - mean) K / (K - 1), and does not depend on s_i otherwise: unbiased."""
+    expected = (SCORES - SCORES.mean(1, keepdim=True)) * 3 / 2
+    torch.testing.assert_close(SCORES - BASELINES["rloo"](SCORES), expected)
+    changed = SCORES.clone()
+    changed[0, 0] += 10
+    assert BASELINES["rloo"](changed)[0, 0] == BASELINES["rloo"](SCORES)[0, 0]
+
+
+def test_deviation_is_that_of_a_sample() -> None:
+    np.testing.assert_allclose(deviation(SCORES, "group")[:, 0], np.std(SCORES.numpy(), axis=1, ddof=1) + 1e-4)
+    np.testing.assert_allclose(deviation(SCORES, "batch"), np.full((2, 3), np.std(SCORES.numpy(), ddof=1) + 1e-4))
+    assert same_scores(SCORES).tolist() == [False, True]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf.functional.logprobs import token_logprobs
+from rlhf.functional.masked import token_weights
 from rlhf.functional.ppo import explained_variance, policy_loss, value_loss
 
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -258,3 +261,50 @@ def test_explained_variance_by_definition() -> None:
 def test_explained_variance_known_cases(values: list[float], returns: list[float], mask: list[int], expected: float) -> None:
     actual = explained_variance(torch.tensor([values]), torch.tensor([returns]), torch.tensor([mask]))
     assert actual.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "settings", "loss", "slope"),
+    [
+        # clip-higher: only the side above 1 moves
+        (1.25, 1.0, {"clip_high": 0.28}, -1.25, -1.0),
+        (1.4, 1.0, {"clip_high": 0.28}, -1.28, 0.0),
+        (0.5, -1.0, {"clip_high": 0.28}, 0.8, 0.0),
+        # dual clip: a bound for negative advantages alone, where plain PPO has none
+        (5.0, -1.0, {"dual_clip": 3.0}, 3.0, 0.0),
+        (2.0, -1.0, {"dual_clip": 3.0}, 2.0, 1.0),
+        (5.0, 1.0, {"dual_clip": 3.0}, -1.2, 0.0),
+        (5.0, -1.0, {}, 5.0, 1.0),
+    ],
+)
+def test_clip_variants(ratio: float, advantage: float, settings: dict[str, float], loss: float, slope: float) -> None:
+    logprobs = scalar(ratio).log().requires_grad_()
+    actual, _ = policy_loss(logprobs, scalar(0.0), scalar(advantage), ONE, 0.2, **settings)  # pyright: ignore
+    assert actual.item() == pytest.approx(loss, abs=1e-12)
+    actual.backward()
+    assert gradient(logprobs).item() / ratio == pytest.approx(slope, abs=1e-12)
+
+
+def test_one_ratio_for_a_reply() -> None:
+    """Ratios (1.1, 1.3) of a reply and 0.9 of another: products 1.43 and 0.9, geometric means sqrt(1.43) and 0.9."""
+    new = torch.tensor([[1.1, 1.3], [0.9, 1.0]], dtype=torch.float64).log()
+    new[1, 1] = 7.0  # a pad, whatever stands there
+    mask, advantages = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    weights = token_weights(mask, "replies", 2, torch.float64)
+    for ratio_of, first in (("reply", 1.2), ("reply_mean", math.sqrt(1.43))):  # 1.43 is beyond the range
+        loss, stats = policy_loss(new, torch.zeros_like(new), advantages, mask, 0.2, weights, ratio_of=ratio_of)  # pyright: ignore
+        assert loss.item() == pytest.approx((-first + 0.9) / 2, abs=1e-12)
+        assert stats["clip_fraction"] == (2 if ratio_of == "reply" else 0)
+
+
+def test_aggregations_by_hand() -> None:
+    """Replies with losses 4 and (1, 1, 1): 7 / 4, (4 + 1) / 2, and with a longest reply of 8, (4 + 3) / 16."""
+    losses = torch.tensor([[4.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    for aggregation, mean in (("tokens", 1.75), ("replies", 2.5), ("constant", 7 / 16)):
+        weights = token_weights(mask, aggregation, 8, torch.float32)  # pyright: ignore[reportArgumentType]
+        assert (weights * losses).sum().item() == pytest.approx(mean)
+        assert weights[0, 1:].abs().sum() == 0
+    without = token_weights(torch.tensor([[1, 1], [0, 0]]), "replies", 8, torch.float32)
+    assert without.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert token_weights(torch.zeros(2, 2), "tokens", 8, torch.float32).abs().sum() == 0

@@ -127,3 +127,9 @@ def test_b4_scores_are_not_scaled_by_a_variance_of_nothing(seen: list[float]) ->
     assert normalize_scores(scores, moments, shift=False).tolist() == scores.tolist()
     shifted = normalize_scores(scores, moments)
     assert (shifted[1] - shifted[0]).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_penalty_in_the_score() -> None:
+    """-1 + 1.2 = .2, -2 + 1.5 = -.5, 0: a sum of -.3, so .7 + .05 * .3 on the last token and nothing before it."""
+    rewards = token_rewards(SCORE, LOGPROBS, REFERENCE, torch.ones(1, 3), coef=0.05, place="score")
+    assert rewards[0].tolist() == pytest.approx([0.0, 0.0, 0.715], abs=1e-12)
