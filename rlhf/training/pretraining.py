@@ -25,11 +25,7 @@ class PretrainingMix:
             self.batches = Batches(len(self.rows), config.batch_size, train.seed("ptx"), Schedule(unit="steps"))
 
     def backward(self, policy: nn.Module, step: int) -> None:
-        """Adds the gradient of the rows of optimizer step `step`.
-
-        Called before the policy's own micro-batches: gradients are exchanged with the last backward, which must reach the
-        critic as well.
-        """
+        """Adds the gradient of the rows of optimizer step `step`; the policy's own micro-batches follow."""
         if not self.rows:
             return
         train = self.train
@@ -37,6 +33,10 @@ class PretrainingMix:
         count = sum(len(trained_places(row)) for row in rows)
         for micro in train.accumulate(rows, self.micro_batch_size, more=True):
             batch = sft_batch(micro.items).to(train.device)
-            loss = sft_loss(policy(batch, roles=("actor",)).logprobs)
-            train.backward(micro.weight * self.config.coef * loss / count)
+            output = policy(batch)
+            loss = sft_loss(output.logprobs)
+            # The critic has no part in it but must be in the graph: ZeRO-3 adds to the gradient of a weight that misses the
+            # first backward of a step what the step before left there.
+            absent = 0.0 if output.values is None else 0.0 * output.values.sum()
+            train.backward(micro.weight * (self.config.coef * loss / count + absent))
             train.stats.add("ptx/loss", micro.weight * loss.detach(), micro.weight * len(batch.targets))

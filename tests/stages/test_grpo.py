@@ -108,3 +108,18 @@ def test_each_estimator_learns_and_unlearns(estimator, seed, world, tmp_path):
         scores[weight] = [line["reward/score"] for line in metrics(output)]
     assert sum(scores[1][-3:]) / 3 > scores[1][0] + 1.0, scores
     assert sum(scores[-1][-3:]) / 3 < scores[-1][0] / 2, scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_weights_that_ranks_divide(engine, llamas, tmp_path):
+    """A moving reference, an average and a mixed-in loss, in two processes that divide the weights, are those of one."""
+    log = tmp_path / "log"
+    more = extras(llamas) | {"kl__place": "loss", "kl__estimator": "k3"}
+    assert run("ppo", flags("ppo", llamas, tmp_path / "one", **more), log) == 0, log.read_text()
+    two = flags("ppo", llamas, tmp_path / "two", **more)
+    assert run_on_two("ppo", two, log, engine=engine) == [0, 0], log.read_text()
+    for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+    averages = [load_file(tmp_path / name / "ema" / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-4) for name in averages[0])
