@@ -46,6 +46,7 @@ from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.rollout.watched import found_again, watched
+from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
 from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.entry import run_stage
@@ -67,6 +68,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        if config.reward.gate and (said := reward_gate(config.reward.source)):
+            train.note(said)
         reader = open_reader(config.reward)
         scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_ppo(config)

@@ -12,7 +12,7 @@ from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
 from rlhf.data.shapes import Kind, Schema
 from rlhf.runs.launch import command, engine_of, machines_of, printable
 
-ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt"}
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "ppo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
