@@ -78,4 +78,4 @@ def bias_into_config(model: PreTrainedModel) -> None:
     if hasattr(model.config, BIAS):
         head = scalar_head(model)
         setattr(model.config, BIAS, head.bias.item())
-        head.bias = None
+        head.register_parameter("bias", None)
