@@ -34,7 +34,7 @@ from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
 from rlhf.functional.ppo import policy_loss, value_loss
-from rlhf.models.roles import open_ppo
+from rlhf.models.roles import open_ppo, reward_model_of
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit
@@ -68,7 +68,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
-        if config.reward.gate and (said := reward_gate(config.reward.source)):
+        if config.reward.gate and (said := reward_gate(reward_model_of(config))):
             train.note(said)
         reader = open_reader(config.reward)
         scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]

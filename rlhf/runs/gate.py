@@ -7,13 +7,16 @@ from rlhf.runs.lineage import run_of
 from rlhf.runs.manifest import MANIFEST, read_json
 
 
-def reward_gate(source: str) -> str | None:
+def reward_gate(source: str | None) -> str | None:
     """A note, where the reward is a run of `rlhf rm` that was not evaluated; a model from elsewhere is taken as it is.
+
+    Args:
+        source: None where the reward is no model.
 
     Raises:
         CheckFailed: its held-out accuracy is not above chance, by its 95% interval.
     """
-    run = run_of(source)
+    run = run_of(source) if source is not None else None
     manifest = read_json(run / MANIFEST) if run is not None else {}
     if manifest.get("stage") != "rm":
         return None

@@ -22,7 +22,15 @@ from rlhf.models.precision import FP8, computing_in, precisions
 from rlhf.models.roles import Roles, open_policy, open_reward_model
 from rlhf.report.console import Console
 from rlhf.training.accumulation import MicroBatch
-from rlhf.training.reward_figures import counted, figures, reliability_table, require_decided, score_all, score_alone
+from rlhf.training.reward_figures import (
+    Reliability,
+    counted,
+    figures,
+    reliability_table,
+    require_decided,
+    score_all,
+    score_alone,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Subject:
     rows: list[list[int]]
     measure: Callable[[], Tensor]
     figures: Callable[[Tensor], dict[str, float]]
-    reliability: Callable[[Tensor], list[dict[str, float]]] | None = None
+    reliability: Callable[[Tensor], Reliability] | None = None
     """Of a reward model: what it says beside what is so."""
 
 
@@ -84,11 +92,8 @@ def table(result: dict[str, Any]) -> Iterable[str]:
         yield f"taking the longer reply is right in {result['longer_wins']:.3f}"
     for precision, bins in result.get("reliability", {}).items():
         yield f"{precision}: how sure it is, and how often it is right"
-        for bin in bins:
-            yield (
-                f"  {bin['from']:.2f} to {bin['to']:.2f}: says {bin['predicted']:.3f}, right in {bin['observed']:.3f} "
-                f"of {bin['prompts']:.6g}"
-            )
+        for sure, row in bins.items():
+            yield f"  {sure}: says {row['predicted']:.3f}, right in {row['observed']:.3f} of {row['prompts']:.6g}"
     if "drift" in result:
         unit = "log-probability of a token" if result["kind"] == "policy" else "score of a reply"
         yield f"FP8 moves the {unit} by {result['drift']['mean']:.2e} in the mean, {result['drift']['max']:.2e} at most"

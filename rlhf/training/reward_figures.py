@@ -106,16 +106,20 @@ def figures(examples: Sequence[RankedExample], scores: Tensor, alone: Tensor) ->
     return found
 
 
-def reliability_table(examples: Sequence[RankedExample], scores: Tensor) -> list[dict[str, float]]:
+Reliability = dict[str, dict[str, float]]
+"""Bin, as `0.50 to 0.55` -> prompts, predicted, observed."""
+
+
+def reliability_table(examples: Sequence[RankedExample], scores: Tensor) -> Reliability:
     """The bins of `reliability` that hold anything, in order."""
     pairs = comparisons(examples, like=scores)
-    table = reliability(scores[pairs.better] - scores[pairs.worse], pairs.decided).tolist()
-    edges = [0.5 + 0.5 * number / len(table) for number in range(len(table) + 1)]
-    return [
-        {"from": edges[number], "to": edges[number + 1], "prompts": weight, "predicted": predicted, "observed": observed}
-        for number, (weight, predicted, observed) in enumerate(table)
+    rows = reliability(scores[pairs.better] - scores[pairs.worse], pairs.decided).tolist()
+    edges = [0.5 + 0.5 * number / len(rows) for number in range(len(rows) + 1)]
+    return {
+        f"{low:.2f} to {high:.2f}": {"prompts": weight, "predicted": predicted, "observed": observed}
+        for low, high, (weight, predicted, observed) in zip(edges, edges[1:], rows, strict=False)
         if weight
-    ]
+    }
 
 
 def in_words(found: dict[str, float]) -> list[str]:

@@ -233,9 +233,12 @@ def test_rm_and_eval_tell_the_same(world, tmp_path, capsys):
         assert value == pytest.approx(result[f"eval/{name}"], abs=1e-5), name
         if name != "moved_alone":
             assert metrics(tmp_path / "rm")[-1][f"eval/{name}"] == result[f"eval/{name}"]
-    for one, two in zip(found["reliability"]["fp32"], result["eval/reliability"], strict=True):
-        assert one == pytest.approx(two, abs=1e-4)
-    assert sum(one["prompts"] for one in found["reliability"]["fp32"]) == pytest.approx(15)  # one has nothing but a tie
+    bins = found["reliability"]["fp32"]
+    assert list(bins) == list(result["eval/reliability"])
+    for sure, row in bins.items():
+        assert row == pytest.approx(result["eval/reliability"][sure], abs=1e-4)
+        assert float(sure[:4]) <= row["predicted"] <= float(sure[-4:])
+    assert sum(row["prompts"] for row in bins.values()) == pytest.approx(15)  # one has nothing but a tie
     assert "alone in its batch" in (tmp_path / "log").read_text()
     assert main(["eval", str(tmp_path / "rm"), "--data", str(rows)]) == 0
     assert "fp32: how sure it is, and how often it is right" in capsys.readouterr().out
