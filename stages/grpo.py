@@ -34,7 +34,7 @@ from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.advantages import same_scores
 from rlhf.functional.kl import controller
-from rlhf.models.roles import open_grpo
+from rlhf.models.roles import open_grpo, reward_model_of
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit_without_critic
@@ -45,6 +45,7 @@ from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import Scored, in_places_of
 from rlhf.rollout.watched import found_again, watched
+from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
 from rlhf.training.collection import Collection
 from rlhf.training.entry import run_stage
@@ -61,6 +62,8 @@ def main(invocation: Invocation) -> None:
     rollout, grpo = config.rollout, config.grpo
     with open_training("grpo", config, invocation.resume) as train:
         # -- who takes part ------------------------------------------------------------------------------------------
+        if config.reward.gate and (said := reward_gate(reward_model_of(config))):
+            train.note(said)
         reader = open_reader(config.reward)
         scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_grpo(config)

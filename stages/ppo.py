@@ -33,7 +33,7 @@ from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
 from rlhf.functional.ppo import value_loss
-from rlhf.models.roles import open_ppo
+from rlhf.models.roles import open_ppo, reward_model_of
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit
@@ -43,6 +43,7 @@ from rlhf.rollout.functions import FunctionProcess
 from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.watched import found_again, watched
+from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
 from rlhf.training.collection import Collection
 from rlhf.training.entry import run_stage
@@ -67,6 +68,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
+        if config.reward.gate and (said := reward_gate(reward_model_of(config))):
+            train.note(said)
         reader = open_reader(config.reward)
         scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
         roles = open_ppo(config)

@@ -1,32 +1,51 @@
-"""Stage 2, the reward model: learn which of two replies people prefer.
+"""Stage 2, the reward model: learn which of several replies people prefer.
 
     rlhf rm --config rm --model runs/sft --data FILE
     accelerate launch --config_file configs/launch/ddp.yaml stages/rm.py --config configs/rm.yaml
 
-Reads   a language model for the trunk (usually the SFT run), or a reward model to go on with; rows of prompt, chosen, rejected.
+Reads   a language model for the trunk (usually the SFT run), or a reward model to go on with; rows of prompt, chosen, rejected,
+        or of prompt and ranked responses.
 Writes  model/ (a sequence classification model with one label)  metrics.jsonl  run.json
 
-One step: both replies of every pair in one forward, the score read at each one's last real token, -log sigmoid(difference)
-averaged over the pairs of all ranks (Bradley and Terry 1952; Stiennon et al. 2020). Held-out accuracy comes with its 95%
-interval and beside what "the longer reply wins" would get. Left out: margins, several replies a prompt, centring.
+One step: every reply to every prompt once in one forward, the score read at each one's last real token, -log sigmoid of the
+differences averaged over the pairs of a prompt, and that over the prompts of all ranks (Bradley and Terry 1952; Stiennon et al.
+2020; Ouyang et al. 2022). Formats, losses, figures and the scale of scores: docs/reward-models.md. Left out: ensembles, and
+models that write their judgement.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
+from torch import Tensor
 
 from rlhf.config.parse import Invocation
+from rlhf.config.reward_models import RmLoss
 from rlhf.config.schema import RmConfig
-from rlhf.data.collate import pair_batch
-from rlhf.data.examples import PairExample, pair_examples
+from rlhf.data.collate import Comparisons, comparisons, ranking_batch
+from rlhf.data.examples import Examples, RankedExample, ranked_examples, reference_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
-from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
+from rlhf.functional.preference import accuracy, bradley_terry_loss, center_penalty, smoothed
+from rlhf.models.actor_critic import unwrapped
+from rlhf.models.heads import rescale_head
 from rlhf.models.roles import open_rm
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.training.entry import run_stage
 from rlhf.training.opening import open_training
+from rlhf.training.reward_figures import (
+    Scale,
+    best,
+    by_length,
+    counted,
+    figures,
+    in_words,
+    reliability_table,
+    require_decided,
+    score_all,
+    score_alone,
+)
 from rlhf.training.session import Training
 
 SHOW = ("loss", "accuracy", "optimizer/lr")
@@ -40,27 +59,36 @@ def main(invocation: Invocation) -> None:
         train.record_tokenizer(roles.tokenizer)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
 
-        def read(path: str) -> list[PairExample]:
-            pairs = train.read(path, pair_examples(path, config.data, template), "pairs")
-            roles.check_context(max(map(len, pairs)), "data.max_length")
-            return pairs
+        def read(path: str, found: Examples[RankedExample], what: str) -> list[RankedExample]:
+            examples = train.read(path, found, what)
+            roles.check_context(max(map(len, examples)), "data.max_length")
+            return examples
 
-        pairs = read(config.data.train)
-        held_out = read(config.data.eval) if config.data.eval else []
+        def read_ranked(path: str) -> list[RankedExample]:
+            return read(path, ranked_examples(path, config.data, template), "prompts with ranked replies")
 
-        batches = Batches(len(pairs), config.batch_size, train.seed("data"), config.schedule)
+        examples, held_out, reference = read_ranked(config.data.train), [], []
+        if config.data.eval:
+            held_out = read_ranked(config.data.eval)
+            require_decided(held_out, config.data.eval)
+        if config.data.reference:
+            found = reference_examples(config.data.reference, config.data, template)
+            reference = read(config.data.reference, found, "reference answers")
+
+        batches = Batches(len(examples), config.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
-            batch = sorted((pairs[index] for index in batches[step]), key=len)
+            batch = sorted((examples[index] for index in batches[step]), key=len)
             tokens = sum(map(tokens_of, batch))
 
             for micro in train.accumulate(batch, config.micro_batch_size):
-                chosen, rejected = scores(policy, micro.items, train.device)
-                loss = bradley_terry_loss(chosen, rejected).sum()
-                train.backward(micro.weight * loss / len(batch))
-                add_statistics(train.stats, micro.weight, chosen.detach(), rejected.detach(), "")
+                scores = policy(ranking_batch(micro.items).to(train.device), roles=("critic",)).values
+                pairs = comparisons(micro.items, like=scores)
+                losses = pair_losses(scores, pairs, config.loss)
+                train.backward(micro.weight * (pairs.weight * losses).sum() / len(batch))
+                add_statistics(train.stats, micro.weight, losses.detach(), scores.detach(), pairs)
             train.optimizer_step(tokens)
 
             train.report(step, tokens, SHOW)
@@ -68,48 +96,66 @@ def main(invocation: Invocation) -> None:
                 evaluate(train, config, policy, held_out, step + 1)
 
         # -- the result ----------------------------------------------------------------------------------------------
-        result = evaluate(train, config, policy, held_out, train.step_done) if held_out else {}
+        scale = None
+        if held_out:
+            scores, train.result = evaluate(train, config, policy, held_out, train.step_done)
+            if config.normalize == "chosen":
+                scale = Scale.of(scores[best(held_out)])
+        if config.normalize == "reference":
+            scale = Scale.of(scores_of(train, config, policy, reference))
         train.consolidate()
+        if scale:
+            train.note(scale.in_words())
+            train.result |= scale.figures()
         if train.is_main:
+            if scale:
+                rescale_head(unwrapped(roles.critic), scale.gain, scale.bias)
             save_model(roles.critic, train.run / "model", roles.tokenizer, merge=config.lora.merge)
-        train.finish(result, ["model"])
+        train.finish(train.result, ["model"])
 
 
-def tokens_of(pair: PairExample) -> int:
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+def tokens_of(example: RankedExample) -> int:
+    return sum(len(example.prompt) + len(reply) for reply in example.replies)
 
 
-def scores(policy, pairs: list[PairExample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(chosen, rejected), each (pairs,)."""
-    both = policy(pair_batch(pairs).to(device), roles=("critic",)).values
-    return both[::2], both[1::2]
+def pair_losses(scores: Tensor, pairs: Comparisons, config: RmLoss) -> Tensor:
+    """(P,) from the scores of all replies."""
+    chosen, rejected = scores[pairs.better], scores[pairs.worse]
+    losses = bradley_terry_loss(chosen, rejected, pairs.margin, smoothed(pairs.target, config.label_smoothing))
+    if config.center_coef:
+        losses = losses + config.center_coef * center_penalty(chosen, rejected)
+    return losses
 
 
-def add_statistics(stats: Stats, weight: float, chosen: torch.Tensor, rejected: torch.Tensor, prefix: str) -> None:
-    pairs = weight * len(chosen)
-    stats.add(f"{prefix}loss", weight * bradley_terry_loss(chosen, rejected).sum(), pairs)
-    stats.add(f"{prefix}accuracy", weight * accuracy(chosen, rejected).sum(), pairs)
-    stats.add(f"{prefix}margin", weight * (chosen - rejected).sum(), pairs)
-    stats.add(f"{prefix}score", weight * (chosen + rejected).sum() / 2, pairs)
+def add_statistics(stats: Stats, weight: float, losses: Tensor, scores: Tensor, pairs: Comparisons) -> None:
+    """Means over prompts; ties are in no order that could be right."""
+    chosen, rejected = scores[pairs.better], scores[pairs.worse]
+    prompts, decided = weight * pairs.weight.sum(), weight * pairs.decided.sum()
+    stats.add("loss", weight * (pairs.weight * losses).sum(), prompts)
+    stats.add("accuracy", weight * (pairs.decided * accuracy(chosen, rejected)).sum(), decided)
+    stats.add("margin", weight * (pairs.decided * (chosen - rejected)).sum(), decided)
+    stats.add("score", weight * (pairs.weight * (chosen + rejected)).sum() / 2, prompts)
 
 
-def evaluate(train: Training, config: RmConfig, policy, pairs: list[PairExample], step: int) -> dict[str, float]:
-    """Held-out accuracy with its 95% interval, beside the rule that the longer reply is the better one."""
-    stats = Stats()
+def scores_of(train: Training, config: RmConfig, policy, examples: list[RankedExample]) -> Tensor:
+    """(R,) of all replies, on every rank."""
     with train.evaluating():
-        for micro in train.accumulate(sorted(pairs, key=len), config.micro_batch_size):
-            add_statistics(stats, micro.weight, *scores(policy, micro.items, train.device), "eval/")
-    values = train.reduce(stats)
-    low, high = wilson_interval(values["eval/accuracy"] * len(pairs), len(pairs))
-    longer = [0.5 * (len(p.chosen) == len(p.rejected)) + (len(p.chosen) > len(p.rejected)) for p in pairs]
-    values |= {"eval/accuracy_low": low, "eval/accuracy_high": high, "eval/pairs": len(pairs)}
-    values["eval/longer_wins"] = sum(longer) / len(pairs)
-    recorded = train.record_evaluation(step, values)
-    train.note(
-        f"held-out accuracy {values['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}, {len(pairs)} pairs); "
-        f"taking the longer reply gets {values['eval/longer_wins']:.3f}"
-    )
-    return recorded
+        micro_batches = train.accumulate(by_length(examples), config.micro_batch_size)
+        return score_all(policy, examples, micro_batches, train.device, train.gather)
+
+
+def evaluate(
+    train: Training, config: RmConfig, policy, examples: list[RankedExample], step: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores of held-out replies, and what they come to: said, and written into metrics.jsonl."""
+    scores = scores_of(train, config, policy, examples)
+    with train.evaluating():
+        alone = score_alone(policy, examples, train.device)
+    found = counted(examples) | figures(examples, scores, alone)
+    recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in found.items()})
+    for sentence in in_words(found):
+        train.note(sentence)
+    return scores, recorded | {"eval/reliability": reliability_table(examples, scores)}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from rlhf.config.schema import GrpoConfig
-from rlhf.data.collate import pad, pair_batch, reply_row, sft_batch, token_batch
-from rlhf.data.examples import PairExample, SftExample
+from rlhf.data.collate import comparisons, pad, pair_batch, ranking_batch, reply_row, sft_batch, token_batch
+from rlhf.data.examples import PairExample, RankedExample, SftExample
 from rlhf.functional.masked import zero_outside
-from rlhf.functional.preference import bradley_terry_loss
+from rlhf.functional.preference import bradley_terry_loss, center_penalty
 from rlhf.functional.sft import sft_loss
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import Loading, load_actor, load_scalar
@@ -68,18 +68,39 @@ def test_sft(tiny, tmp_path):
     assert_same(total / count, loss, gradients(actor), gradients(model))
 
 
-def test_reward_model(tiny, tmp_path):
+@pytest.mark.parametrize("center", [None, 0.3])
+@pytest.mark.parametrize("margins", [None, (0.5, 2.0)])
+def test_reward_model(center, margins, tiny, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
     critic = load_scalar(str(tiny / "critic"), Loading())
-    both = ActorCritic(critic=critic)(pair_batch(PAIRS), roles=("critic",)).values
-    ours = bradley_terry_loss(both[::2], both[1::2]).mean()
+    ranked = [
+        RankedExample(pair.prompt, [pair.chosen, pair.rejected], [0, 1], margin)
+        for pair, margin in zip(PAIRS, margins or (0.0, 0.0), strict=True)
+    ]
+    scores = ActorCritic(critic=critic)(ranking_batch(ranked), roles=("critic",)).values
+    assert torch.equal(scores, ActorCritic(critic=critic)(pair_batch(PAIRS), roles=("critic",)).values)
+    pairs = comparisons(ranked, like=scores)
+    chosen, rejected = scores[pairs.better], scores[pairs.worse]
+    ours = bradley_terry_loss(chosen, rejected, pairs.margin, pairs.target).mean()
+    ours = ours + (center or 0.0) * center_penalty(chosen, rejected).mean()
     ours.backward()
 
     model = load_scalar(str(tiny / "critic"), Loading())  # plain transformers; TRL uses its own forward
-    rows = Dataset.from_list([{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in PAIRS])
+    rows = Dataset.from_list(
+        [
+            {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected}
+            | ({"margin": margins[i]} if margins else {})
+            for i, p in enumerate(PAIRS)
+        ]
+    )
     tokenizer = AutoTokenizer.from_pretrained(tiny / "critic")
-    trainer = RewardTrainer(model, arguments(RewardConfig, tmp_path), train_dataset=rows, processing_class=tokenizer)
+    trainer = RewardTrainer(
+        model,
+        arguments(RewardConfig, tmp_path, center_rewards_coefficient=center),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
     loss = trainer.compute_loss(model, dict(trainer.data_collator([dict(row) for row in rows])))
     loss.backward()
     assert_same(ours, loss, gradients(critic), gradients(model))

@@ -27,6 +27,8 @@ class Reward(Section):
     """How often a call that failed is made again before the run ends."""
     allow_private: bool = False
     """Let a service be on this machine or in a private network."""
+    gate: bool = True
+    """Refuse a reward model of an RM run whose held-out accuracy is not above chance: its 95% interval reaches 0.5."""
     weight: float = 1.0
     """Scores are multiplied by it; a negative weight turns a reward into a penalty."""
     normalize: Literal["none", "running"] = "none"

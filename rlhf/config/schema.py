@@ -29,11 +29,11 @@ from rlhf.config.policies import (
     Roles,
     Rollout,
 )
+from rlhf.config.reward_models import RmData, RmLoss
 from rlhf.config.rewards import Reward
 from rlhf.config.sections import (
     Checkpoint,
     Count,
-    Data,
     FrozenCache,
     Lora,
     Model,
@@ -138,18 +138,30 @@ class SftConfig(Stage):
 
 
 class RmConfig(Stage):
-    """Reward model: Bradley-Terry on pairs."""
+    """Reward model: Bradley-Terry on pairs, or on all pairs of several ranked replies to a prompt."""
 
     model: Model
-    data: Data
+    data: RmData
+    loss: RmLoss = RmLoss()
+    normalize: Literal["none", "chosen", "reference"] = "none"
+    """After training, scale the head so that scores have mean 0 and deviation 1 on the best replies of `data.eval` (chosen) or
+    on the answers of `data.reference`."""
     batch_size: Count = 64
-    """Pairs per optimizer step, over all processes."""
+    """Prompts per optimizer step, over all processes; a pair is a prompt with two replies."""
     micro_batch_size: Count = 8
-    """Pairs per forward pass of one process (both sides go through together)."""
+    """Prompts per forward pass of one process (all replies to a prompt go through together)."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0: only at the end."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _what_is_normalised_on(self) -> RmConfig:
+        if (self.normalize == "reference") != (self.data.reference is not None):
+            raise ValueError("data.reference and normalize: reference need each other; give both or neither")
+        if self.normalize == "chosen" and self.data.eval is None:
+            raise ValueError("normalize: chosen needs held-out rows: give data.eval")
+        return self
 
 
 class PolicyStage(Stage):

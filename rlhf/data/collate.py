@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.examples import PairExample, SftExample
+from rlhf.data.examples import PairExample, RankedExample, SftExample
 
 
 class Row(NamedTuple):
@@ -118,6 +118,46 @@ def trained_places(example: SftExample) -> list[int]:
 def pair_batch(pairs: Sequence[PairExample]) -> TokenBatch:
     """Both sides of every pair, read at their last tokens: the chosen reply first, then the rejected one."""
     return token_batch(last_row(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected))
+
+
+def ranking_batch(examples: Iterable[RankedExample]) -> TokenBatch:
+    """Every reply once, read at its last token: prompt by prompt, in the order of its replies."""
+    return token_batch(last_row(example.prompt, reply) for example in examples for reply in example.replies)
+
+
+class Comparisons(NamedTuple):
+    """The P pairs that the prompts of a ranking batch have been made into."""
+
+    better: Tensor
+    """(P,) places among the batch's replies"""
+    worse: Tensor
+    """(P,)"""
+    target: Tensor
+    """(P,) probability that the first is the better one: 1, for a tie 0.5"""
+    margin: Tensor
+    """(P,)"""
+    weight: Tensor
+    """(P,) the pairs of a prompt sum to 1"""
+    decided: Tensor
+    """(P,) the same without ties, whose weight here is 0"""
+
+
+def comparisons(examples: Iterable[RankedExample], like: Tensor) -> Comparisons:
+    """Numbers in the dtype and on the device of `like`.
+
+    A prompt counts once, however many replies it has (Ouyang et al. 2022, arXiv:2203.02155, equation 1).
+    """
+    rows: list[tuple[int, int, float, float, float, float]] = []
+    first = 0
+    for example in examples:
+        pairs, ties = example.comparisons, sum(pair.tie for pair in example.comparisons)
+        for better, worse, tie in pairs:
+            decided = 0.0 if tie else 1 / (len(pairs) - ties)
+            rows.append((first + better, first + worse, 0.5 if tie else 1.0, example.margin, 1 / len(pairs), decided))
+        first += len(example.replies)
+    better, worse, *numbers = zip(*rows, strict=True) if rows else [()] * 6
+    places = [torch.tensor(place, dtype=torch.long, device=like.device) for place in (better, worse)]
+    return Comparisons(*places, *(like.new_tensor(number) for number in numbers))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:

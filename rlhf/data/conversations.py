@@ -17,6 +17,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # hh-rlhf, https://github.com/anthropics/hh-rlhf
 JSON_NAMES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 EMPTY_FIX = "expected some text; data.on_error: skip leaves such rows out"
+LARGEST_NUMBER = (2 - 2**-23) * 2.0**127
+"""Of float32 (IEEE 754)."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -39,6 +41,15 @@ def check_text(value: Any, name: str) -> str:
         lone = value[error.start]
         raise BadRow(f"{name} holds the lone surrogate {lone!r}", "write the character as UTF-8") from None
     return value
+
+
+def check_number(value: Any, name: str) -> float:
+    """`value` as a float if it is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{name} is {describe(value)}, expected a number")
+    if not abs(value) <= LARGEST_NUMBER:
+        raise BadRow(f"{name} is {value!r:.40}, expected a number that float32 holds")
+    return float(value)
 
 
 def describe(value: Any) -> str:

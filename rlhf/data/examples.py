@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from functools import cached_property
+from itertools import combinations
+from math import comb
+from typing import Generic, NamedTuple, TypeVar
 
 from rlhf.config.sections import Reading, TextReading
 from rlhf.data.rows import Row, Rows, read_rows
@@ -37,6 +40,40 @@ class PairExample:
 
     def __len__(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class Comparison(NamedTuple):
+    """Of two of a prompt's replies, by their places."""
+
+    better: int
+    worse: int
+    tie: bool
+
+
+@dataclass(frozen=True)
+class RankedExample:
+    """A prompt with replies that were ranked: a pair is two of them."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+    ranks: list[float]
+    """Of each reply; lower is better, equal is a tie."""
+    margin: float = 0.0
+    """By how much the better reply is to score higher, in units of the score."""
+    where: str = field(default="", compare=False)
+    """file:line"""
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every two replies that are not the same tokens."""
+        places = [
+            (one, two) for one, two in combinations(range(len(self.replies)), 2) if self.replies[one] != self.replies[two]
+        ]
+        in_order = ((one, two) if self.ranks[one] <= self.ranks[two] else (two, one) for one, two in places)
+        return [Comparison(one, two, self.ranks[one] == self.ranks[two]) for one, two in in_order]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + max(map(len, self.replies))
 
 
 @dataclass(frozen=True)
@@ -106,6 +143,49 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
     return _done(path, examples, rows, limit.notes() + dropped)
 
 
+def ranked_examples(path: str, config: Reading, template: Template) -> Examples[RankedExample]:
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "ranking", config)
+    examples, same = [], 0
+    for row in rows.rows:
+        turns = [template.response(row.fields["prompt"], reply, row.where) for reply in row.fields["responses"]]
+        prompt = turns[0][0]
+        if any(again != prompt for again, _ in turns):
+            raise DataError(f"{row.where}: the chat template renders the prompt differently for its replies")
+        if not limit.allows(len(prompt) + max(len(reply) for _, reply in turns), row.where):
+            continue
+        prompt, replies = _cut(prompt, [reply for _, reply in turns], config.max_length)
+        example = RankedExample(prompt, replies, row.fields["ranks"], row.fields["margin"], row.where)
+        same += comb(len(replies), 2) - len(example.comparisons)
+        if example.comparisons:
+            examples.append(example)
+    notes = [f"{same} pairs dropped: chosen and rejected are the same tokens (after truncation)"] if same else []
+    compared = [comparison for example in examples for comparison in example.comparisons]
+    if len(compared) > len(examples):
+        replies = sum(len(example.replies) for example in examples)
+        notes.append(f"{replies} replies to {len(examples)} prompts make {len(compared)} pairs; a prompt counts once")
+    if ties := sum(comparison.tie for comparison in compared):
+        notes.append(f"{ties} of {len(compared)} pairs are ties")
+    return _done(path, examples, rows, limit.notes() + notes)
+
+
+def reference_examples(path: str, config: Reading, template: Template) -> Examples[RankedExample]:
+    """Rows of prompt and completion, as for SFT: a prompt and its one reply. `config.columns` are those of other files."""
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "sft", config.model_copy(update={"columns": {}}))
+    examples = []
+    for row in rows.rows:
+        if "completion" not in row.fields:
+            raise DataError(
+                f"{row.where}: a reference answer is a row of prompt and completion, this one has {', '.join(row.fields)}"
+            )
+        prompt, reply = template.response(row.fields["prompt"], row.fields["completion"], row.where)
+        if limit.allows(len(prompt) + len(reply), row.where):
+            prompt, replies = _cut(prompt, [reply], config.max_length)
+            examples.append(RankedExample(prompt, replies, [0.0], where=row.where))
+    return _done(path, examples, rows, limit.notes())
+
+
 def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "prompt", config)
@@ -141,10 +221,13 @@ def split(length: int, limit: int) -> list[slice]:
 
 def _shorten(pair: PairExample, limit: int) -> PairExample:
     """Cuts the replies at their end so that the pair fits, never the prompt; a cut reply keeps no EOS it did not earn."""
-    room = limit - len(pair.prompt)
-    if room < 1:
-        return replace(pair, prompt=pair.prompt[-(limit - 1) :], chosen=pair.chosen[:1], rejected=pair.rejected[:1])
-    return replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
+    prompt, (chosen, rejected) = _cut(pair.prompt, [pair.chosen, pair.rejected], limit)
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _cut(prompt: list[int], replies: list[list[int]], limit: int) -> tuple[list[int], list[list[int]]]:
+    room = limit - len(prompt)
+    return prompt[-(limit - 1) :] if room < 1 else prompt, [reply[: max(room, 1)] for reply in replies]
 
 
 def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:

@@ -6,10 +6,11 @@ reader does change (an alias, an hh-rlhf transcript, a dropped pair) is counted 
     text     {"text": str}
     sft      {"messages": [...]} or {"prompt", "completion"} or {"text": str}
     pair     {"prompt", "chosen", "rejected"}
+    ranking  {"prompt", "responses": [...], "ranks": [float], "margin": float}; two responses of a pair, or more
     prompt   {"prompt"}
 
-Each of prompt, completion, chosen and rejected is a string or a list of {"role", "content"} messages, and all of one
-row have the same form:
+Each of prompt, completion, chosen, rejected and responses is a string or a list of {"role", "content"} messages, and all of
+one row have the same form:
 - an hh-rlhf transcript becomes messages: the prompt is all before the open "Assistant:", " text" after it one message;
 - a reply given as a string beside a prompt of messages becomes one assistant message;
 - ShareGPT turns ({"from", "value"}) become messages; so does one bare turn given as a reply;

@@ -7,7 +7,7 @@ The shapes are described in rows.py, the reader they serve. Left out: files and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal, TypeGuard
@@ -16,6 +16,7 @@ from rlhf.data.conversations import (
     EMPTY_FIX,
     BadRow,
     Message,
+    check_number,
     check_prompt,
     check_reply,
     check_text,
@@ -29,7 +30,7 @@ from rlhf.data.conversations import (
 )
 from rlhf.errors import ConfigError
 
-Kind = Literal["text", "sft", "pair", "prompt"]
+Kind = Literal["text", "sft", "pair", "ranking", "prompt"]
 ExtraColumns = Literal["fail", "ignore"]
 Dialogue = str | list[Message]
 
@@ -37,6 +38,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
     "sft": ("messages", "prompt", "completion", "text"),
     "pair": ("prompt", "chosen", "rejected"),
+    "ranking": ("prompt", "chosen", "rejected", "margin", "tie", "responses", "scores", "ranks"),
     "prompt": ("prompt", "messages", "completion", "chosen", "rejected"),
 }
 # conversations is ShareGPT's name, which trl.maybe_convert_to_chatml renames too; choosen is a misspelling in the wild.
@@ -109,6 +111,26 @@ class Fields:
             from_transcript = isinstance(self.values["prompt"], str)
             return read_transcript_reply(reply) if from_transcript else [{"role": "assistant", "content": reply}]
         return reply
+
+    def replies(self, name: str, prompt: Dialogue) -> list[Dialogue]:
+        """A list of at least two replies to `prompt`."""
+        given = self.require(name)
+        if not isinstance(given, list) or len(given) < 2:
+            found = f"a list of {len(given)}" if isinstance(given, list) else describe(given)
+            raise BadRow(f"{self.columns[name]} is {found}, expected a list of at least two replies")
+        places = [f"{self.columns[name]}[{place}]" for place in range(len(given))]
+        ones = [
+            replace(self, values=self.values | {name: reply}, columns=self.columns | {name: place})
+            for reply, place in zip(given, places, strict=True)
+        ]
+        return [one.check_reply(name, one.reply(name, prompt)) for one in ones]
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        given = self.require(name)
+        if not isinstance(given, list) or len(given) != count:
+            found = f"a list of {len(given)}" if isinstance(given, list) else describe(given)
+            raise BadRow(f"{self.columns[name]} is {found}, expected a list of {count} numbers, one a reply")
+        return [check_number(value, f"{self.columns[name]}[{place}]") for place, value in enumerate(given)]
 
     def check_reply(self, name: str, reply: Dialogue) -> Dialogue:
         return reply if isinstance(reply, str) else check_reply(reply, self.columns[name])
@@ -212,6 +234,40 @@ def _pair(row: Fields) -> dict[str, Any] | None:
     }
 
 
+def _ranking(row: Fields) -> dict[str, Any] | None:
+    """Replies with a rank each (lower is better, equal is a tie), whether two are given or more."""
+    others = ("chosen", "rejected", "margin", "tie") if "responses" in row else ("scores", "ranks")
+    if surplus := [row.columns[name] for name in others if name in row]:
+        given = row.columns["responses" if "responses" in row else "chosen"]
+        fix = "a row holds chosen, rejected and perhaps margin or tie, or responses and perhaps scores or ranks"
+        raise BadRow(f"{', '.join(surplus)} does not go with {given}", fix)
+    if "responses" not in row:
+        return _ranked_pair(row)
+    prompt = row.prompt()
+    responses = row.replies("responses", prompt)
+    if "scores" in row and "ranks" in row:
+        raise BadRow(f"{row.columns['scores']} and {row.columns['ranks']} both give the order", "keep one of them")
+    if "scores" in row:
+        ranks = [-score for score in row.numbers("scores", len(responses))]
+    else:
+        ranks = row.numbers("ranks", len(responses)) if "ranks" in row else list(map(float, range(len(responses))))
+    return {"prompt": prompt, "responses": responses, "ranks": ranks, "margin": 0.0}
+
+
+def _ranked_pair(row: Fields) -> dict[str, Any] | None:
+    margin = check_number(row.values.get("margin", 0.0), row.columns["margin"])
+    tie = row.values.get("tie", False)
+    if not isinstance(tie, bool):
+        raise BadRow(f"{row.columns['tie']} is {describe(tie)}, expected true or false")
+    if margin < 0 or (tie and margin):
+        raise BadRow(f"{row.columns['margin']} is {margin:g}, expected 0 or more" + (", and 0 for a tie" if tie else ""))
+    pair = _pair(row)
+    if pair is None:
+        return None
+    ranks = [0.0, 0.0 if tie else 1.0]
+    return {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]], "ranks": ranks, "margin": margin}
+
+
 def _split_pair(row: Fields, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """(prompt, chosen reply, rejected reply); a prompt column that stands beside them must say the same."""
     prompt, chosen, rejected = split_common_prompt(chosen, rejected)
@@ -243,5 +299,6 @@ SHAPES: dict[Kind, Callable[[Fields], dict[str, Any] | None]] = {
     "text": _text,
     "sft": _sft,
     "pair": _pair,
+    "ranking": _ranking,
     "prompt": _prompt,
 }

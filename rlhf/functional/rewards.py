@@ -86,8 +86,10 @@ def gain_bias(scores: Float[Tensor, " B"], target_mean: float = 0.0, target_std:
 
     Ziegler et al. 2019 (arXiv:1909.08593) normalise a reward model so on answers of the reference policy.
 
-    Raises CheckFailed if all scores are equal.
+    Raises CheckFailed if all scores are equal, or one is not finite.
     """
+    if not scores.isfinite().all():
+        raise CheckFailed(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite: they have no mean")
     if scores.amin() == scores.amax():
         raise CheckFailed(
             f"all {scores.numel()} scores are {scores[0].item():g}, so no gain can give them a standard deviation of "

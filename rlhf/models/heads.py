@@ -6,11 +6,16 @@ import math
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf.errors import DataError
 
 HEAD = "score"
 """Name of the scalar head in every decoder-only `...ForSequenceClassification` of transformers."""
+
+BIAS = "reward_bias"
+"""Field of a model's config.json: what is added to its head's output. transformers' heads have no place for it and pass it
+over; a tensor that it does not know would stop other loaders. An adapter's is a tensor beside its head's weight."""
 
 
 def initialise_head(model: nn.Module, seed: int) -> None:
@@ -39,6 +44,38 @@ def zero_head(model: nn.Module) -> None:
 
 def scalar_head(model: nn.Module) -> nn.Linear:
     head = getattr(model, HEAD, None)
+    if hasattr(head, "modules_to_save"):  # PEFT's: the trained copy, by the name of its only adapter
+        head = head.modules_to_save["default"]  # pyright: ignore
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise DataError(f"{type(model).__name__} has no scalar head `{HEAD}` (a linear layer with one output)")
     return head
+
+
+def rescale_head(model: PreTrainedModel, gain: float, bias: float) -> None:
+    """From now on the model's scores are gain * score + bias (Ziegler et al. 2019, arXiv:1909.08593)."""
+    head = scalar_head(model)
+    if head.bias is None:
+        add_bias(model)
+    with torch.no_grad():
+        head.weight.mul_(gain)
+        head.bias.mul_(gain).add_(bias)
+
+
+def add_bias(model: PreTrainedModel, bias: float = 0.0) -> None:
+    head = scalar_head(model)
+    head.bias = nn.Parameter(torch.full((1,), bias, dtype=head.weight.dtype, device=head.weight.device))
+    setattr(model.config, BIAS, bias)
+
+
+def bias_from_config(model: PreTrainedModel) -> None:
+    """Gives the head the bias of its file's config, if there is one and it is not there already."""
+    if scalar_head(model).bias is None and hasattr(model.config, BIAS):
+        add_bias(model, getattr(model.config, BIAS))
+
+
+def bias_into_config(model: PreTrainedModel) -> None:
+    """Before a model is saved: a head that has got a bias here is again as its class has it."""
+    if hasattr(model.config, BIAS):
+        head = scalar_head(model)
+        setattr(model.config, BIAS, head.bias.item())
+        head.register_parameter("bias", None)

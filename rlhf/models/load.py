@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.checkpoints.pickles import UnpicklingError, forbidden
 from rlhf.errors import ConfigError, DataError
-from rlhf.models.heads import HEAD, initialise_head
+from rlhf.models.heads import HEAD, bias_from_config, initialise_head
 from rlhf.models.remote_code import check_remote_code, refused
 from rlhf.models.source import Source, resolve
 from rlhf.models.trunk import attend_by_segments
@@ -117,6 +117,8 @@ def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool
     _account(spec, report, missing=head_missing, unexpected={"lm_head.weight", "lm_head.bias"} if head_missing else set())
     if head_missing:
         initialise_head(model, loading.seed)
+    else:
+        bias_from_config(model)
     return _finish(model, loading)
 
 

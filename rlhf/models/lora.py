@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from rlhf.config.sections import Lora
 from rlhf.data.order import seed_of
 from rlhf.digest import tree_digest
 from rlhf.errors import DataError
-from rlhf.models.heads import HEAD
+from rlhf.models.heads import HEAD, add_bias, scalar_head
 from rlhf.models.source import Source
 
 BASE = "base.json"
@@ -72,9 +73,21 @@ def merged_adapter(
         DataError: the adapter names no base, its base has changed, or it is a reward model's and a policy was asked for.
     """
     config, base = opened_config(directory, scalar)
-    merged = PeftModel.from_pretrained(open_base(base), directory).merge_and_unload()  # pyright: ignore
+    model = open_base(base)
+    if scalar and scalar_head(model).bias is None and _has_bias(directory):
+        add_bias(model)
+    merged = PeftModel.from_pretrained(model, directory).merge_and_unload()  # pyright: ignore
     own_head = scalar and config.task_type == TaskType.SEQ_CLS
     return merged, {"missing_keys": {f"{HEAD}.weight"} if scalar and not own_head else set(), "unexpected_keys": set()}
+
+
+def _has_bias(directory: Path) -> bool:
+    """Of an adapter's scalar head: PEFT passes over a tensor that the model has no place for."""
+    weights = directory / "adapter_model.safetensors"
+    if not weights.exists():
+        return False
+    with safe_open(weights, "pt") as file:
+        return any(name.endswith(f".{HEAD}.bias") for name in file.keys())  # noqa: SIM118 (it is no dict)
 
 
 def opened_config(directory: Path, scalar: bool) -> tuple[PeftConfig, str]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 
 from rlhf.fp8.apply import undo
 from rlhf.models.actor_critic import ActorCritic, unwrapped
-from rlhf.models.heads import HEAD
+from rlhf.models.heads import HEAD, bias_into_config
 from rlhf.models.load import Loading, is_scalar, load_actor, load_generation_config, load_scalar, load_tokenizer
 from rlhf.paths import beside, sync, sync_tree
 
@@ -41,6 +41,8 @@ def save_model(
         model, adapter = _merged(model), False
     inner: PreTrainedModel = unwrapped(model)  # pyright: ignore[reportAssignmentType]
     inner.config.pad_token_id = tokenizer.pad_token_id
+    if not adapter:
+        bias_into_config(inner)
     try:
         model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
         if adapter:

@@ -12,7 +12,7 @@ from rlhf.config.schema import PolicyStage, PpoConfig, RmConfig, SftConfig
 from rlhf.data.shapes import Kind, Schema
 from rlhf.runs.launch import command, engine_of, machines_of, printable
 
-ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt", "grpo": "prompt"}
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "ppo": "prompt", "grpo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:

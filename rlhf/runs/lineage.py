@@ -33,6 +33,7 @@ INPUT_FIELDS = {
     "data.train": "data.train",
     "data.eval": "data.eval",
     "data.ptx": "ptx.file",
+    "data.reference": "data.reference",
 }
 """Input name -> config field, for the stages that have it."""
 
@@ -86,7 +87,7 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         if digest is None:
             inputs[name] = {"path": spec, "digest": None, "parent": None}
             continue
-        run = _maker(spec)
+        run = run_of(spec)
         if run is not None:
             _verify(run, name, Path(spec), reader=stage)
         parent = manifest_digest(run) if run is not None else None
@@ -183,7 +184,7 @@ def _nodes(run: Path, inputs: dict[str, Any], below: frozenset[Path]) -> Iterato
             yield Node(name, entry["path"], None, "by name", ())
             continue
         path = os.path.normpath(run / entry["path"])
-        maker = _maker(path)
+        maker = run_of(path)
         verdict = _verdict(name, path, entry["digest"])
         if maker is None:
             yield Node(name, path, None, verdict, ())
@@ -231,7 +232,7 @@ def _digest_of_file(path: Path, field: str) -> str:
     return file_digest(path)
 
 
-def _maker(spec: str) -> Path | None:
+def run_of(spec: str) -> Path | None:
     """The run that an input is, or lies in."""
     path = Path(spec)
     return next((place for place in (path, path.parent) if (place / MANIFEST).is_file()), None)

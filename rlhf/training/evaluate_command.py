@@ -12,16 +12,25 @@ from torch import Tensor
 
 from rlhf.config.commands import EvalConfig
 from rlhf.config.parse import Invocation
-from rlhf.data.collate import pair_batch, sft_batch
-from rlhf.data.examples import PairExample, SftExample, pair_examples, sft_examples
+from rlhf.data.collate import sft_batch
+from rlhf.data.examples import SftExample, ranked_examples, sft_examples
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
 from rlhf.errors import ConfigError
-from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
 from rlhf.models.load import is_scalar
 from rlhf.models.precision import FP8, computing_in, precisions
 from rlhf.models.roles import Roles, open_policy, open_reward_model
 from rlhf.report.console import Console
+from rlhf.training.accumulation import MicroBatch
+from rlhf.training.reward_figures import (
+    Reliability,
+    counted,
+    figures,
+    reliability_table,
+    require_decided,
+    score_all,
+    score_alone,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Subject:
     rows: list[list[int]]
     measure: Callable[[], Tensor]
     figures: Callable[[Tensor], dict[str, float]]
+    reliability: Callable[[Tensor], Reliability] | None = None
+    """Of a reward model: what it says beside what is so."""
 
 
 def evaluate(invocation: Invocation[EvalConfig]) -> int:
@@ -48,6 +59,8 @@ def evaluate(invocation: Invocation[EvalConfig]) -> int:
             measured[precision.name] = subject.measure()
     result = {"model": config.model, "kind": subject.kind, "data": config.data.file, **subject.counts}
     result |= compared({name: measured[name] for name in reversed(measured)}, subject.figures)
+    if subject.reliability is not None:
+        result["reliability"] = {name: subject.reliability(numbers) for name, numbers in measured.items()}
     print(json.dumps(result, indent=2) if invocation.as_json else "\n".join(table(result)))
     return 0
 
@@ -68,15 +81,19 @@ def table(result: dict[str, Any]) -> Iterable[str]:
     columns = {**result["figures"], **({"difference": result["difference"]} if "difference" in result else {})}
     counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
     yield f"{result['model']}: a {result['kind']}, {counts} of {result['data']}"
-    yield " " * 16 + "".join(f"{name:>14}" for name in columns)
+    yield " " * 20 + "".join(f"{name:>14}" for name in columns)
     for name in next(iter(result["figures"].values())):
         cells = (
             f"{column[name]:>+14.6f}" if title == "difference" else f"{column[name]:>14.6f}"
             for title, column in columns.items()
         )
-        yield f"{name:16}" + "".join(cells)
+        yield f"{name:20}" + "".join(cells)
     if "longer_wins" in result:
         yield f"taking the longer reply is right in {result['longer_wins']:.3f}"
+    for precision, bins in result.get("reliability", {}).items():
+        yield f"{precision}: how sure it is, and how often it is right"
+        for sure, row in bins.items():
+            yield f"  {sure}: says {row['predicted']:.3f}, right in {row['observed']:.3f} of {row['prompts']:.6g}"
     if "drift" in result:
         unit = "log-probability of a token" if result["kind"] == "policy" else "score of a reply"
         yield f"FP8 moves the {unit} by {result['drift']['mean']:.2e} in the mean, {result['drift']['max']:.2e} at most"
@@ -111,36 +128,29 @@ def _reward_model(config: EvalConfig, console: Console) -> Subject:
         if getattr(config.data, field) != default:
             raise ConfigError(f"data.{field}: {config.model} is a reward model, evaluated on pairs; that is for policies")
     roles = open_reward_model(config.model, config.trust_remote_code)
-    console.note(f"{config.model}: a reward model, evaluated on pairs of a chosen and a rejected reply")
-    found = pair_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
+    console.note(f"{config.model}: a reward model, evaluated on pairs of a chosen and a rejected reply, or on ranked replies")
+    found = ranked_examples(config.data.file, config.data, Template(roles.tokenizer, config.data.template, roles.stop_ids))
     _say(console, found.notes)
-    pairs = sorted(found.items, key=len)
-    roles.check_context(len(pairs[-1]), "data.max_length")
-    longer = [0.5 * (len(pair.chosen) == len(pair.rejected)) + (len(pair.chosen) > len(pair.rejected)) for pair in pairs]
-    counts = {"pairs": len(pairs), "longer_wins": sum(longer) / len(pairs)}
-    rows = [pair.prompt + side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    return Subject(roles, "reward model", counts, rows, lambda: scores(roles, pairs, config.batch_size), pair_figures)
+    examples = sorted(found.items, key=len)
+    roles.check_context(len(examples[-1]), "data.max_length")
+    require_decided(examples, config.data.file)
+    replies = sum(len(example.replies) for example in examples)
 
+    def measure() -> Tensor:
+        """All scores, and after them those of replies scored alone."""
+        parts = [MicroBatch(part, 1.0) for part in chunks(range(len(examples)), config.batch_size)]
+        scores = score_all(roles.policy, examples, parts, roles.device)
+        return torch.cat([scores, score_alone(roles.policy, examples, roles.device)])
 
-def scores(roles: Roles, pairs: Sequence[PairExample], batch_size: int) -> Tensor:
-    """(2, pairs) in float64: of the chosen replies, and of the rejected ones."""
-    batches = (pair_batch(part).to(roles.device) for part in chunks(pairs, batch_size))
-    return torch.cat([roles.policy(batch, roles=("critic",)).values.double().cpu() for batch in batches]).view(-1, 2).T
-
-
-def pair_figures(scores: Tensor) -> dict[str, float]:
-    """The interval is Wilson's, 95%."""
-    chosen, rejected = scores
-    right, pairs = float(accuracy(chosen, rejected).sum()), len(chosen)
-    low, high = wilson_interval(right, pairs)
-    return {
-        "accuracy": right / pairs,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "loss": float(bradley_terry_loss(chosen, rejected).mean()),
-        "margin": float((chosen - rejected).mean()),
-        "score": float(scores.mean()),
-    }
+    return Subject(
+        roles,
+        "reward model",
+        counted(examples),
+        [example.prompt + reply for example in examples for reply in example.replies],
+        measure,
+        lambda scores: figures(examples, scores[:replies], scores[replies:]),
+        lambda scores: reliability_table(examples, scores[:replies]),
+    )
 
 
 def _say(console: Console, notes: Sequence[str]) -> None:

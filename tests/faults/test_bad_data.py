@@ -112,7 +112,7 @@ def test_pairs_without_a_difference_are_dropped_and_counted(world: Path, tmp_pat
     assert run("rm", flags("rm", world, tmp_path / "run", data=data, **more), log) == 0, log.read_text()
     assert "The pair was dropped because chosen equals rejected in 2 rows." in log.read_text()
     assert "1 pairs dropped: chosen and rejected are the same tokens (after truncation)" in log.read_text()
-    assert f"{data}: 1 pairs" in log.read_text()
+    assert f"{data}: 1 prompts with ranked replies" in log.read_text()
     write(data, equal, same_at_first)
     assert run("rm", flags("rm", world, tmp_path / "none", data=data, **more), log) == 65
     assert f"{data}: no usable row is left" in log.read_text()

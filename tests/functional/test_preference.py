@@ -1,14 +1,24 @@
-"""The reward model's loss, its accuracy and the interval of that: rows F1 and F2."""
+"""The reward model's loss, its accuracy with the interval of that, and its calibration: rows F1 and F2."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf.functional.preference import accuracy, bradley_terry_loss, wilson_interval
+from rlhf.functional.preference import (
+    accuracy,
+    bradley_terry_loss,
+    calibration_error,
+    center_penalty,
+    correlation,
+    reliability,
+    smoothed,
+    wilson_interval,
+)
 
 
 def pairs(*rows: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -105,3 +115,64 @@ def test_wilson_known_values() -> None:
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-6)
     assert wilson_interval(8.0, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert wilson_interval(0.0, 0) == (0.0, 1.0)
+
+
+LN2 = 0.6931471805599453
+
+
+def test_a_tie_is_least_where_both_score_alike() -> None:
+    # Half of -log s(2) = 0.126928 and half of -log s(-2) = 2.126928.
+    chosen, rejected = pairs((3.0, 3.0), (1.5, -0.5), (-0.5, 1.5), (1e4, 0.0))
+    loss = bradley_terry_loss(chosen, rejected, target=0.5)
+    assert loss.tolist() == pytest.approx([LN2, 1.1269280110429725, 1.1269280110429725, 5e3], abs=1e-12)
+    chosen.requires_grad_()
+    bradley_terry_loss(chosen, rejected, target=0.5).sum().backward()
+    assert chosen.grad is not None
+    assert chosen.grad.tolist() == pytest.approx([0.0, 0.380797077977882, -0.380797077977882, 0.5])  # s(x) - 1/2
+
+
+def test_smoothing_puts_the_optimum_at_the_odds_of_a_right_label() -> None:
+    target = smoothed(torch.tensor([1.0, 0.5, 0.0]).double(), 0.1)
+    assert target.tolist() == pytest.approx([0.9, 0.5, 0.1])
+    chosen, rejected = pairs((1.5, -0.5), (math.log(9), 0.0))
+    chosen.requires_grad_()
+    loss = bradley_terry_loss(chosen, rejected, target=target[0].item())
+    assert loss[0].item() == pytest.approx(0.9 * 0.1269280110429725 + 0.1 * 2.1269280110429725)
+    loss[1].backward()
+    assert chosen.grad is not None
+    assert chosen.grad[1].item() == pytest.approx(0, abs=1e-15)  # log(0.9 / 0.1) = log 9
+    assert smoothed(torch.ones(3), 0.0).tolist() == [1.0] * 3
+
+
+def test_the_centre_is_the_squared_sum() -> None:
+    assert center_penalty(*pairs((1.5, -0.5), (2.0, 1.0), (1.0, -1.0))).tolist() == [1.0, 9.0, 0.0]
+
+
+def test_reliability_by_hand() -> None:
+    # sigmoid(log 1.5) = 0.6, sigmoid(log 9) = 0.9; the second of the three is wrong.
+    difference = torch.tensor([math.log(1.5), -math.log(1.5), math.log(9)], dtype=torch.float64)
+    table = reliability(difference, torch.tensor([1.0, 3.0, 1.0]).double(), bins=2)
+    assert table.tolist() == [pytest.approx([4, 0.6, 0.25]), pytest.approx([1, 0.9, 1.0])]
+    assert calibration_error(table).item() == pytest.approx((4 * 0.35 + 1 * 0.1) / 5)
+    empty = reliability(difference[2:], torch.ones(1).double(), bins=2)
+    assert empty.tolist() == [[0.0, 0.0, 0.0], pytest.approx([1, 0.9, 1.0])]
+    certain = reliability(torch.tensor([1e4, 0.0]), torch.ones(2))
+    assert certain[-1].tolist() == [1.0, 1.0, 1.0]
+    assert certain[0].tolist() == [1.0, 0.5, 0.5]  # a tie of scores is half right, and says so
+
+
+def test_calibration_finds_a_model_that_is_too_sure() -> None:
+    generator = torch.Generator().manual_seed(0)
+    difference = 2 * torch.randn(20000, generator=generator, dtype=torch.float64)
+    chosen_first = torch.rand(20000, generator=generator, dtype=torch.float64) < difference.sigmoid()  # Bradley and Terry
+    by_label = torch.where(chosen_first, difference, -difference)
+    errors = [calibration_error(reliability(by_label * scale, torch.ones(20000).double())).item() for scale in (1, 3, 1 / 3)]
+    assert errors[0] < 0.015
+    assert min(errors[1:]) > 0.1
+
+
+def test_correlation_is_numpys() -> None:
+    x, y = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert correlation(x, y).item() == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1], abs=1e-12)
+    assert correlation(x, 3 - 2 * x).item() == pytest.approx(-1)
+    assert correlation(x, torch.full_like(x, 0.5)).item() == 0

@@ -108,6 +108,8 @@ def test_f3_another_target() -> None:
 def test_f3_equal_scores_are_refused() -> None:
     with pytest.raises(CheckFailed, match=r"all 3 scores are 0\.1"):
         gain_bias(torch.full((3,), 0.1))
+    with pytest.raises(CheckFailed, match="1 of 3 scores are not finite"):
+        gain_bias(torch.tensor([0.1, float("nan"), 0.3]))
 
 
 @pytest.mark.parametrize("shift", [True, False])

@@ -1,0 +1,33 @@
+"""Whether a reward model may be optimised against: what its own run found out on held-out pairs."""
+
+from __future__ import annotations
+
+from rlhf.errors import CheckFailed
+from rlhf.runs.lineage import run_of
+from rlhf.runs.manifest import MANIFEST, read_json
+
+
+def reward_gate(source: str | None) -> str | None:
+    """A note, where the reward is a run of `rlhf rm` that was not evaluated; a model from elsewhere is taken as it is.
+
+    Args:
+        source: None where the reward is no model.
+
+    Raises:
+        CheckFailed: its held-out accuracy is not above chance, by its 95% interval.
+    """
+    run = run_of(source) if source is not None else None
+    manifest = read_json(run / MANIFEST) if run is not None else {}
+    if manifest.get("stage") != "rm":
+        return None
+    found = manifest["result"]
+    if "eval/accuracy_low" not in found:
+        return f"warning: the reward model {source} was not evaluated on held-out pairs: give `rlhf rm` --data.eval"
+    low, high = found["eval/accuracy_low"], found["eval/accuracy_high"]
+    if low > 0.5:
+        return None
+    raise CheckFailed(
+        f"reward.source {source}: no better than a coin at telling good replies from bad ones: held-out accuracy "
+        f"{found['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}). Train it on more or cleaner pairs, or evaluate it on "
+        "more of them; to go on all the same: --reward.gate false"
+    )
