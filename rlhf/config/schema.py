@@ -23,6 +23,7 @@ from rlhf.config.policies import (
     Roles,
     Rollout,
 )
+from rlhf.config.preferences import DpoLoss, KtoLoss, PreferenceOptimizer, StartingPolicy
 from rlhf.config.rewards import Reward
 from rlhf.config.sections import (
     Checkpoint,
@@ -146,6 +147,30 @@ class RmConfig(Stage):
     schedule: Schedule = Schedule()
 
 
+class DpoConfig(Stage):
+    """Preference optimisation without rewards or samples: DPO, IPO, SimPO, ORPO on pairs."""
+
+    model: StartingPolicy
+    data: Data
+    loss: DpoLoss = DpoLoss()
+    batch_size: Count = 64
+    """Pairs per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Pairs per forward pass of one process (both sides go through together, their prompt once)."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: PreferenceOptimizer = PreferenceOptimizer()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _is_measured_from(self) -> DpoConfig:
+        if self.model.reference is not None and not self.loss.referenced:
+            raise ValueError(f"model.reference has no meaning with loss.kind {self.loss.kind}, which has no reference")
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 in DPO: the policy has to start as exactly its reference")
+        return self
+
+
 class PpoConfig(Stage):
     """Proximal policy optimisation against a reward, with a learned critic and a KL penalty."""
 
@@ -194,10 +219,11 @@ class PpoConfig(Stage):
         return self
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}
+STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "dpo": DpoConfig, "ppo": PpoConfig}
 
 SHORT_FLAGS = {
     "model.path": "model",
+    "model.reference": "reference",
     "roles.actor": "actor",
     "roles.critic": "critic",
     "roles.reference": "reference",

@@ -120,6 +120,11 @@ def pair_batch(pairs: Sequence[PairExample]) -> TokenBatch:
     return token_batch(last_row(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected))
 
 
+def reply_batch(examples: Iterable[PairExample]) -> TokenBatch:
+    """Every reply of every example, in their order, read where its tokens are predicted; the prompt stands there once."""
+    return token_batch(reply_row(example.prompt, reply) for example in examples for reply in example.replies)
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, longest row)."""
     length = max(map(len, rows))

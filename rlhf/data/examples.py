@@ -34,6 +34,12 @@ class PairExample:
     rejected: list[int]
     where: str = field(default="", compare=False)
     """file:line"""
+    reference: tuple[float, ...] = ()
+    """Log-probabilities of the replies under a reference, where there is one."""
+
+    @property
+    def replies(self) -> tuple[list[int], list[int]]:
+        return self.chosen, self.rejected
 
     def __len__(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))

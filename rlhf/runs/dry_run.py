@@ -8,11 +8,11 @@ from typing import Any
 
 from rlhf.config.engines import require_fit
 from rlhf.config.parse import Invocation
-from rlhf.config.schema import PpoConfig, RmConfig, SftConfig
+from rlhf.config.schema import DpoConfig, PpoConfig, RmConfig, SftConfig
 from rlhf.data.shapes import Kind, Schema
 from rlhf.runs.launch import command, engine_of, machines_of, printable
 
-ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "ppo": "prompt"}
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "pair", "dpo": "pair", "ppo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def batches(config: Any, processes: int) -> list[str]:
     """How rows become optimizer steps, one sentence a line."""
     if isinstance(config, PpoConfig):
         return _ppo_batches(config, processes)
-    assert isinstance(config, SftConfig | RmConfig)
-    rows = "pairs" if isinstance(config, RmConfig) else "sequences" if config.data.packing else "rows"
+    assert isinstance(config, SftConfig | RmConfig | DpoConfig)
+    rows = "pairs" if not isinstance(config, SftConfig) else "sequences" if config.data.packing else "rows"
     schedule = config.schedule
     length = {
         "steps": f"{schedule.length} optimizer steps in all: {schedule.length * config.batch_size} {rows}",

@@ -29,7 +29,7 @@ from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
 OF_ALL_STAGES = ("launch", "nproc", "dry-run", "json")
-PLACES = ("world", "sft", "rm", "ppo")
+PLACES = ("world", *STAGES)
 
 
 class World(Section):
@@ -42,6 +42,7 @@ class Stages(Section):
 
     sft: dict[str, str] | None = None
     rm: dict[str, str] | None = None
+    dpo: dict[str, str] | None = None
     ppo: dict[str, str] | None = None
 
     @model_validator(mode="after")
@@ -55,7 +56,7 @@ class Stages(Section):
 
     def items(self) -> list[tuple[str, dict[str, str]]]:
         """The stages there are, in the order they run."""
-        return [(name, flags) for name in ("sft", "rm", "ppo") if (flags := getattr(self, name)) is not None]
+        return [(name, flags) for name in type(self).model_fields if (flags := getattr(self, name)) is not None]
 
 
 class Pipeline(Section):
