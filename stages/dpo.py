@@ -6,11 +6,11 @@
 Reads   a policy (usually the SFT run); rows of prompt, chosen, rejected, as `rlhf rm` reads them.
 Writes  model/  metrics.jsonl  run.json
 
-Before the first step the reference's log-probability of every reply is computed, once: by the policy itself, which then is the
-reference, so that no second model is in memory (Rafailov et al. 2023, arXiv:2305.18290). One step: both replies of every pair in
-one forward behind their one prompt, the loss of their scores summed over the pairs of all ranks. A reply's implicit reward is
-beta * score; held-out accuracy, of pairs whose chosen reply has the higher one, comes with its 95% interval. Conventions:
-docs/dpo.md. Left out: sampling new replies (rlhf ppo), rows of single rated replies (rlhf kto).
+Before the first step the reference's log-probabilities of all replies are computed, once: by the policy itself, which still is
+the reference then, so no second model is in memory. One step: both replies of every pair in one forward, behind their one
+prompt; each gets a score, log pi - log pi_ref (SimPO and ORPO: log pi); the loss of a pair's two scores is averaged over the
+pairs of all ranks (Rafailov et al. 2023, arXiv:2305.18290). A reply's implicit reward is beta * score. Conventions, and where
+the losses differ: docs/dpo.md. Left out: sampling new replies; replies rated one by one, which have a page of their own.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def main(invocation: Invocation) -> None:
                 loss = losses(*scores(logprobs, micro.items, config.loss), config.loss).sum()
                 train.backward(micro.weight * loss / len(batch))
                 add_statistics(train.stats, micro, logprobs.detach(), config.loss, "")
-            if step == 0 and roles.starts_as_reference and not train.diverted:
-                require_equal_start(train.reduce(train.stats)["drift"], config.compile)
+            if step == 0 and roles.starts_as_reference:
+                require_equal_start(train, batches[0])
             train.optimizer_step(sum(len(reply) for pair in batch for reply in pair.replies))
 
             train.report(step, sum(map(tokens_of, batch)), SHOW)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,8 @@ class DpoLoss(Section):
 
 
 class KtoLoss(Section):
+    referenced: ClassVar[bool] = True
+
     beta: Positive = 0.1
     """Strength of the pull to the reference: rewards are beta * log-ratio."""
     desirable_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -163,11 +163,33 @@ class DpoConfig(Stage):
     schedule: Schedule = Schedule()
 
     @model_validator(mode="after")
-    def _is_measured_from(self) -> DpoConfig:
+    def _starts_as_its_reference(self) -> DpoConfig:
         if self.model.reference is not None and not self.loss.referenced:
             raise ValueError(f"model.reference has no meaning with loss.kind {self.loss.kind}, which has no reference")
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0 in DPO: the policy has to start as exactly its reference")
+        return self
+
+
+class KtoConfig(Stage):
+    """Preference optimisation on replies that were rated one by one: KTO."""
+
+    model: StartingPolicy
+    data: Data
+    loss: KtoLoss = KtoLoss()
+    batch_size: Count = 64
+    """Replies per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Replies per forward pass of one process."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: PreferenceOptimizer = PreferenceOptimizer()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _starts_as_its_reference(self) -> KtoConfig:
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 in KTO: the policy has to start as exactly its reference")
         return self
 
 
@@ -219,7 +241,7 @@ class PpoConfig(Stage):
         return self
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "dpo": DpoConfig, "kto": KtoConfig, "ppo": PpoConfig}
 
 SHORT_FLAGS = {
     "model.path": "model",

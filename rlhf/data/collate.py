@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.examples import PairExample, SftExample
+from rlhf.data.examples import PairExample, RatedExample, SftExample
 
 
 class Row(NamedTuple):
@@ -120,7 +120,7 @@ def pair_batch(pairs: Sequence[PairExample]) -> TokenBatch:
     return token_batch(last_row(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected))
 
 
-def reply_batch(examples: Iterable[PairExample]) -> TokenBatch:
+def reply_batch(examples: Iterable[PairExample | RatedExample]) -> TokenBatch:
     """Every reply of every example, in their order, read where its tokens are predicted; the prompt stands there once."""
     return token_batch(reply_row(example.prompt, reply) for example in examples for reply in example.replies)
 

@@ -6,6 +6,7 @@ reader does change (an alias, an hh-rlhf transcript, a dropped pair) is counted 
     text     {"text": str}
     sft      {"messages": [...]} or {"prompt", "completion"} or {"text": str}
     pair     {"prompt", "chosen", "rejected"}
+    rated    {"prompt", "completion", "label": bool}, or as pair
     prompt   {"prompt"}
 
 Each of prompt, completion, chosen and rejected is a string or a list of {"role", "content"} messages, and all of one

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf.config.schema import DpoConfig, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.schema import DpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch, last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
@@ -144,7 +144,7 @@ def open_rm(config: RmConfig) -> Roles:
     return _roles(config.model.path, ActorCritic(critic=critic), config.trust_remote_code)
 
 
-def open_dpo(config: DpoConfig) -> Roles:
+def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
     """The reference is the policy itself, to be asked before its first step, unless the config names another one."""
     loading, source, other = _loading(config), config.model.path, config.model.reference
     actor = _with_layers(load_actor(source, loading), source, config, scalar=False)

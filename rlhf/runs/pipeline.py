@@ -43,6 +43,7 @@ class Stages(Section):
     sft: dict[str, str] | None = None
     rm: dict[str, str] | None = None
     dpo: dict[str, str] | None = None
+    kto: dict[str, str] | None = None
     ppo: dict[str, str] | None = None
 
     @model_validator(mode="after")
