@@ -34,6 +34,7 @@ def user(tmp_path, monkeypatch):
     for name, row in {
         "chats": {"prompt": "a b", "completion": "c"},
         "pairs": {"prompt": "a b", "chosen": "c", "rejected": "d"},
+        "rated": {"prompt": "a b", "completion": "c", "label": True},
         "prompts": {"prompt": "a b"},
         "documents": {"text": "a b c d"},
     }.items():
@@ -142,6 +143,8 @@ def test_defaults_in_the_docs_are_the_schemas():
 FLAGS = {
     "sft": ["--model=m", "--data=d.jsonl"],
     "rm": ["--model=m", "--data=d.jsonl"],
+    "dpo": ["--model=m", "--data=d.jsonl"],
+    "kto": ["--model=m", "--data=d.jsonl"],
     "ppo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
 }
 
