@@ -101,8 +101,8 @@ class ReferenceLogprobs:
 def require_equal_start(train: Training, batch: Sequence[int]) -> None:
     """Raises CheckFailed where the policy of the first step, on this batch, is not the reference that it was before it.
 
-    A batch that has a row twice is not looked at, since the row has one reference and may be in two micro-batches; nor is a span
-    without FP8, since the reference was computed with it.
+    A batch that has a row twice is not looked at, as that row has one reference and may be in two micro-batches; nor is a span
+    without FP8, as the reference was computed with it.
     """
     if train.diverted or len(set(batch)) < len(batch):
         return

@@ -85,7 +85,8 @@ def pairs_of(batch) -> list[PairExample]:
     def reply(side: str, row: int) -> list[int]:
         return [int(token) for token in batch[f"{side}_labels"][row] if token != -100]
 
-    prompts = [row[mask.bool()].tolist() for row, mask in zip(batch["prompt_input_ids"], batch["prompt_attention_mask"])]
+    padded = zip(batch["prompt_input_ids"], batch["prompt_attention_mask"], strict=True)
+    prompts = [row[mask.bool()].tolist() for row, mask in padded]
     return [PairExample(prompt, reply("chosen", row), reply("rejected", row)) for row, prompt in enumerate(prompts)]
 
 

@@ -34,7 +34,8 @@ def world(tmp_path_factory) -> Path:
     prompts = [{"prompt": words(2, 7)} for _ in range(29)]
     good = {True: "chosen", False: "rejected"}
     rated = [
-        {"prompt": pair["prompt"], "completion": pair[good[row % 3 > 0]], "label": row % 3 > 0} for row, pair in enumerate(pairs)
+        {"prompt": pair["prompt"], "completion": pair[good[row % 3 > 0]], "label": row % 3 > 0}
+        for row, pair in enumerate(pairs)
     ]
     for name, rows in (("sft", sft), ("pairs", pairs), ("rated", rated), ("prompts", prompts)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
