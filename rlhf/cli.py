@@ -20,7 +20,7 @@ from rlhf import digest, paths
 from rlhf.config.arguments import Parser, positive
 from rlhf.errors import DataError, OutOfMemory, OutputError, RlhfError, StorageError, UsageError, disk_failed, without_secrets
 
-STAGES = ("sft", "rm", "ppo", "grpo")
+STAGES = ("sft", "rm", "dpo", "kto", "ppo", "grpo")
 
 HELP = """\
 rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on human preferences
@@ -28,6 +28,8 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   run PIPELINE     all three stages, one after the other   rlhf run quickstart
   sft              supervised fine-tuning                  rlhf sft --config sft --model DIR --data chats.jsonl
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
+  dpo              DPO, IPO, SimPO, ORPO on preferences    rlhf dpo --config dpo --model runs/sft --data pairs.jsonl
+  kto              KTO on replies rated good or bad        rlhf kto --config kto --model runs/sft --data rated.jsonl
   ppo              PPO against a reward                    rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   ppo --unit-test  check PPO alone, in a minute            rlhf ppo --unit-test
   grpo             the same without a critic               rlhf grpo --config grpo --actor SFT --reward RM --data FILE

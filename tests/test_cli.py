@@ -23,11 +23,11 @@ def test_help_is_one_screen_of_commands_that_exist(capsys: pytest.CaptureFixture
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 120
     examples = re.findall(r"  rlhf (\w+)", text)
-    stages = {"run", "sft", "rm", "ppo", "grpo"}
+    stages = {"run", "sft", "rm", "dpo", "kto", "ppo", "grpo"}
     assert set(examples) == stages | {"generate", "eval", "show", "convert", "vocab", "fp8", "path", "copy"}
 
 
-@pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|ppo) --config .*)", cli.HELP))
+@pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|dpo|kto|ppo) --config .*)", cli.HELP))
 def test_the_examples_in_the_help_parse(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*example.split(), "--dry-run"]) == 0
     assert "would write:" in capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rlhf {version('rlhf')}\n"
 
 
-@pytest.mark.parametrize("words", [["pppo"], ["--seed", "1"], ["show"], ["path", "dpo"], ["show", "a", "b"]])
+@pytest.mark.parametrize("words", [["pppo"], ["--seed", "1"], ["show"], ["path", "nothing"], ["show", "a", "b"]])
 def test_a_wrong_word_is_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
@@ -84,7 +84,7 @@ def raiser(error: BaseException):
     return fail
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "kto", "ppo"])
 def test_path_and_copy(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["path", stage]) == 0

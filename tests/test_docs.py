@@ -15,7 +15,7 @@ import yaml
 from rlhf import errors
 from rlhf.cli import main
 from rlhf.config.parse import SCHEMAS, parse
-from rlhf.config.schema import PpoConfig, Section
+from rlhf.config.schema import DpoConfig, PpoConfig, Section
 from rlhf.paths import CONFIGS, STAGES
 from rlhf.runs.manifest import read_status
 
@@ -34,6 +34,7 @@ def user(tmp_path, monkeypatch):
     for name, row in {
         "chats": {"prompt": "a b", "completion": "c"},
         "pairs": {"prompt": "a b", "chosen": "c", "rejected": "d"},
+        "rated": {"prompt": "a b", "completion": "c", "label": True},
         "prompts": {"prompt": "a b"},
         "documents": {"text": "a b c d"},
     }.items():
@@ -129,12 +130,13 @@ def test_the_quickstart_and_its_python(tmp_path, monkeypatch):
     assert "done, kept" in again.stdout + again.stderr
 
 
-def test_defaults_in_the_docs_are_the_schemas():
-    text = (ROOT / "docs" / "ppo.md").read_text()
+@pytest.mark.parametrize(("page", "config", "count"), [("ppo", PpoConfig, 15), ("dpo", DpoConfig, 5)])
+def test_defaults_in_the_docs_are_the_schemas(page, config, count):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     rows = re.findall(r"^\| ([a-z_]+)\.([a-z_]+) \| ([^|]+) \|", text, re.M)
-    assert len(rows) >= 15
+    assert len(rows) >= count
     for section, field, stated in rows:
-        part = PpoConfig.model_fields[section].annotation
+        part = config.model_fields[section].annotation
         assert part is not None
         assert stated.strip() == str(part.model_fields[field].default), f"{section}.{field}"
 
@@ -142,6 +144,8 @@ def test_defaults_in_the_docs_are_the_schemas():
 FLAGS = {
     "sft": ["--model=m", "--data=d.jsonl"],
     "rm": ["--model=m", "--data=d.jsonl"],
+    "dpo": ["--model=m", "--data=d.jsonl"],
+    "kto": ["--model=m", "--data=d.jsonl"],
     "ppo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
     "grpo": ["--actor=m", "--reward=count:a", "--data=d.jsonl"],
 }

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf.data.chat_world import judge
 from rlhf.models.load import Loading, load_actor, load_scalar
 
 SEEDS = (0, 1, 2)
@@ -52,6 +53,26 @@ def test_the_policy_becomes_helpful(figures, seed):
 def command(*words: object) -> None:
     run = subprocess.run([sys.executable, "-m", "rlhf", *map(str, words)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dpo_on_the_pairs_is_better_than_sft(seed, figures, tmp_path):
+    """Half of its pass over the pairs; the replies to the held-out prompts are judged as those of SFT and PPO are."""
+    start, run, replies = figures[seed]["output"], tmp_path / "dpo", tmp_path / "replies.jsonl"
+    data = {"data": start / "world/pairs.jsonl", "data.eval": start / "world/pairs_heldout.jsonl"}
+    flags = {"model": start / "sft", "output": run, "seed": seed, "schedule.unit": "steps", "schedule.length": 90, **data}
+    command("dpo", "--config", "quickstart/dpo", *(f"--{name}={value}" for name, value in flags.items()))
+    words = "--data", start / "world/prompts_heldout.jsonl", "--output", replies, "--max_new_tokens", 32, "--temperature", 1
+    command("generate", run, *words)
+    rows = [json.loads(line) for line in replies.read_text().splitlines()]
+    scores = judge([row["prompt"] for row in rows], [row["response"] for row in rows])["gold"]
+    result = json.loads((run / "run.json").read_text())["result"]
+    before, after = figures[seed]["before"]["gold"], sum(scores) / len(scores)
+    print(json.dumps({"seed": seed, "gold": [before, after], "accuracy": result["eval/accuracy"]}))
+    assert after - before >= 0.3
+    assert result["eval/accuracy_low"] > 0.8
 
 
 @pytest.mark.slow

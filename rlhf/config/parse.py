@@ -22,7 +22,7 @@ from rlhf.config import fields
 from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
 from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
-from rlhf.config.schema import SHORT_FLAGS, STAGES, GrpoConfig, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.schema import SHORT_FLAGS, STAGES, DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.config.sections import Section
 from rlhf.errors import ConfigError, UsageError
 
@@ -111,6 +111,10 @@ class _Words(NamedTuple):
 def parse(stage: Literal["sft"], argv: Sequence[str]) -> Invocation[SftConfig]: ...
 @overload
 def parse(stage: Literal["rm"], argv: Sequence[str]) -> Invocation[RmConfig]: ...
+@overload
+def parse(stage: Literal["dpo"], argv: Sequence[str]) -> Invocation[DpoConfig]: ...
+@overload
+def parse(stage: Literal["kto"], argv: Sequence[str]) -> Invocation[KtoConfig]: ...
 @overload
 def parse(stage: Literal["ppo"], argv: Sequence[str]) -> Invocation[PpoConfig]: ...
 @overload

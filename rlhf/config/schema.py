@@ -29,11 +29,13 @@ from rlhf.config.policies import (
     Roles,
     Rollout,
 )
+from rlhf.config.preferences import DpoLoss, KtoLoss, PreferenceOptimizer, StartingPolicy
 from rlhf.config.reward_models import RmData, RmLoss
 from rlhf.config.rewards import Reward
 from rlhf.config.sections import (
     Checkpoint,
     Count,
+    Data,
     FrozenCache,
     Lora,
     Model,
@@ -164,6 +166,52 @@ class RmConfig(Stage):
         return self
 
 
+class DpoConfig(Stage):
+    """Preference optimisation without rewards or samples: DPO, IPO, SimPO, ORPO on pairs."""
+
+    model: StartingPolicy
+    data: Data
+    loss: DpoLoss = DpoLoss()
+    batch_size: Count = 64
+    """Pairs per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Pairs per forward pass of one process (both sides go through together, their prompt once)."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: PreferenceOptimizer = PreferenceOptimizer()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _starts_as_its_reference(self) -> DpoConfig:
+        if self.model.reference is not None and not self.loss.referenced:
+            raise ValueError(f"model.reference has no meaning with loss.kind {self.loss.kind}, which has no reference")
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 in DPO: the policy has to start as exactly its reference")
+        return self
+
+
+class KtoConfig(Stage):
+    """Preference optimisation on replies that were rated one by one: KTO."""
+
+    model: StartingPolicy
+    data: Data
+    loss: KtoLoss = KtoLoss()
+    batch_size: Count = 64
+    """Replies per optimizer step, over all processes."""
+    micro_batch_size: Count = 8
+    """Replies per forward pass of one process."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    optimizer: PreferenceOptimizer = PreferenceOptimizer()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _starts_as_its_reference(self) -> KtoConfig:
+        if self.lora.dropout:
+            raise ValueError("lora.dropout must be 0 in KTO: the policy has to start as exactly its reference")
+        return self
+
+
 class PolicyStage(Stage):
     """What the stages have that sample from the policy they train."""
 
@@ -272,10 +320,18 @@ class GrpoConfig(PolicyStage):
         return self
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig, "grpo": GrpoConfig}
+STAGES: dict[str, type[Stage]] = {
+    "sft": SftConfig,
+    "rm": RmConfig,
+    "dpo": DpoConfig,
+    "kto": KtoConfig,
+    "ppo": PpoConfig,
+    "grpo": GrpoConfig,
+}
 
 SHORT_FLAGS = {
     "model.path": "model",
+    "model.reference": "reference",
     "roles.actor": "actor",
     "roles.critic": "critic",
     "roles.reference": "reference",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.examples import PairExample, RankedExample, SftExample
+from rlhf.data.examples import PairExample, RankedExample, RatedExample, SftExample
 
 
 class Row(NamedTuple):
@@ -158,6 +158,11 @@ def comparisons(examples: Iterable[RankedExample], like: Tensor) -> Comparisons:
     better, worse, *numbers = zip(*rows, strict=True) if rows else [()] * 6
     places = [torch.tensor(place, dtype=torch.long, device=like.device) for place in (better, worse)]
     return Comparisons(*places, *(like.new_tensor(number) for number in numbers))
+
+
+def reply_batch(examples: Iterable[PairExample | RatedExample]) -> TokenBatch:
+    """Every reply of every example, in their order, read where its tokens are predicted; the prompt stands there once."""
+    return token_batch(reply_row(example.prompt, reply) for example in examples for reply in example.replies)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -37,6 +38,12 @@ class PairExample:
     rejected: list[int]
     where: str = field(default="", compare=False)
     """file:line"""
+    reference: tuple[float, ...] = ()
+    """Log-probabilities of the replies under a reference, where there is one."""
+
+    @property
+    def replies(self) -> tuple[list[int], list[int]]:
+        return self.chosen, self.rejected
 
     def __len__(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -74,6 +81,24 @@ class RankedExample:
 
     def __len__(self) -> int:
         return len(self.prompt) + max(map(len, self.replies))
+
+
+@dataclass(frozen=True)
+class RatedExample:
+    prompt: list[int]
+    reply: list[int]
+    desirable: bool
+    where: str = field(default="", compare=False)
+    """file:line"""
+    reference: tuple[float, ...] = ()
+    """Log-probability of the reply under a reference, where there is one."""
+
+    @property
+    def replies(self) -> tuple[list[int]]:
+        return (self.reply,)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.reply)
 
 
 @dataclass(frozen=True)
@@ -186,6 +211,41 @@ def reference_examples(path: str, config: Reading, template: Template) -> Exampl
     return _done(path, examples, rows, limit.notes())
 
 
+def rated_examples(path: str, config: Reading, template: Template) -> Examples[RatedExample]:
+    """A pair is two rows: the chosen reply, which is desirable, and the rejected one."""
+    limit = _LengthLimit(config.max_length, config.too_long)
+    rows = _read(path, "rated", config)
+    examples, pairs = [], 0
+    for row in rows.rows:
+        fields = row.fields
+        pairs += "chosen" in fields
+        rated = {"chosen": True, "rejected": False} if "chosen" in fields else {"completion": fields["label"]}
+        for name, desirable in rated.items():
+            example = RatedExample(*template.response(fields["prompt"], fields[name], row.where), desirable, row.where)
+            if limit.allows(len(example), row.where):
+                examples.append(_shortened(example, config.max_length))
+    split_up = [f"{pairs} pairs became two rows each, a desirable one and an undesirable one"] if pairs else []
+    return _done(path, examples, rows, limit.notes() + split_up)
+
+
+def mismatched(rows: Sequence[RatedExample], limit: int) -> list[RatedExample]:
+    """Each row's prompt with the reply of the row before it (of the first, the last) that has another prompt.
+
+    Args:
+        limit: longest prompt + reply, in tokens; replies are cut at their end.
+
+    Raises:
+        DataError: there is one prompt only.
+    """
+    if all(row.prompt == rows[0].prompt for row in rows):
+        raise DataError(f"{rows[0].where}: all rows have the same prompt; KTO compares with replies to other prompts: add some")
+    before = [-1] * len(rows)
+    for place in range(2 * len(rows)):  # the second time around, the first rows find those at the end
+        row, last = place % len(rows), (place - 1) % len(rows)
+        before[row] = last if rows[last].prompt != rows[row].prompt else before[last]
+    return [_shortened(replace(row, reply=rows[other].reply), limit) for row, other in zip(rows, before, strict=True)]
+
+
 def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
     limit = _LengthLimit(config.max_length, config.too_long)
     rows = _read(path, "prompt", config)
@@ -228,6 +288,11 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
 def _cut(prompt: list[int], replies: list[list[int]], limit: int) -> tuple[list[int], list[list[int]]]:
     room = limit - len(prompt)
     return prompt[-(limit - 1) :] if room < 1 else prompt, [reply[: max(room, 1)] for reply in replies]
+
+
+def _shortened(row: RatedExample, limit: int) -> RatedExample:
+    prompt, (reply,) = _cut(row.prompt, [row.reply], limit)
+    return replace(row, prompt=prompt, reply=reply)
 
 
 def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:

@@ -64,6 +64,10 @@ class Batches:
         places = range(start, end if self.rows is None else min(end, self.rows))
         return [shuffled(self.count, seed_of(self.seed, place // self.count))[place % self.count] for place in places]
 
+    def first_epoch(self) -> list[list[int]]:
+        """The batches until each row was in one, or until the run is over: a step takes a token at least."""
+        return [self[step] for step in range(min(math.ceil(self.count / self.size), self.length))]
+
 
 def minibatches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
     """Row indices of each optimizer step of PPO: every row once an epoch, in a new order from the second epoch on."""

@@ -7,6 +7,7 @@ reader does change (an alias, an hh-rlhf transcript, a dropped pair) is counted 
     sft      {"messages": [...]} or {"prompt", "completion"} or {"text": str}
     pair     {"prompt", "chosen", "rejected"}
     ranking  {"prompt", "responses": [...], "ranks": [float], "margin": float}; two responses of a pair, or more
+    rated    {"prompt", "completion", "label": bool}, or as pair
     prompt   {"prompt"}
 
 Each of prompt, completion, chosen, rejected and responses is a string or a list of {"role", "content"} messages, and all of

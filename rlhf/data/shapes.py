@@ -30,7 +30,7 @@ from rlhf.data.conversations import (
 )
 from rlhf.errors import ConfigError
 
-Kind = Literal["text", "sft", "pair", "ranking", "prompt"]
+Kind = Literal["text", "sft", "pair", "ranking", "rated", "prompt"]
 ExtraColumns = Literal["fail", "ignore"]
 Dialogue = str | list[Message]
 
@@ -39,6 +39,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "sft": ("messages", "prompt", "completion", "text"),
     "pair": ("prompt", "chosen", "rejected"),
     "ranking": ("prompt", "chosen", "rejected", "margin", "tie", "responses", "scores", "ranks"),
+    "rated": ("prompt", "completion", "label", "chosen", "rejected"),
     "prompt": ("prompt", "messages", "completion", "chosen", "rejected"),
 }
 # conversations is ShareGPT's name, which trl.maybe_convert_to_chatml renames too; choosen is a misspelling in the wild.
@@ -89,6 +90,12 @@ class Fields:
         if is_sharegpt(turns):
             self.remarks.add(SHAREGPT)
         return messages
+
+    def boolean(self, name: str) -> bool:
+        value = self.require(name)
+        if not isinstance(value, bool):
+            raise BadRow(f"{self.columns[name]} is {describe(value)}, expected true or false")
+        return value
 
     def messages(self, name: str) -> list[Message]:
         messages = self.dialogue(name)
@@ -268,6 +275,16 @@ def _ranked_pair(row: Fields) -> dict[str, Any] | None:
     return {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]], "ranks": ranks, "margin": margin}
 
 
+def _rated(row: Fields) -> dict[str, Any] | None:
+    if "chosen" in row or "rejected" in row:
+        if "completion" in row or "label" in row:
+            given = ", ".join(row.columns[name] for name in row.values)
+            raise BadRow(f"{given} are all given", "a row holds completion and label, or chosen and rejected")
+        return _pair(row)
+    prompt, label = row.prompt(), row.boolean("label")
+    return {"prompt": prompt, "completion": row.check_reply("completion", row.reply("completion", prompt)), "label": label}
+
+
 def _split_pair(row: Fields, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
     """(prompt, chosen reply, rejected reply); a prompt column that stands beside them must say the same."""
     prompt, chosen, rejected = split_common_prompt(chosen, rejected)
@@ -300,5 +317,6 @@ SHAPES: dict[Kind, Callable[[Fields], dict[str, Any] | None]] = {
     "sft": _sft,
     "pair": _pair,
     "ranking": _ranking,
+    "rated": _rated,
     "prompt": _prompt,
 }

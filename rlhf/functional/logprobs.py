@@ -7,6 +7,7 @@ under one policy and not under the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = upstream[0][..., None] / ctx.temperature
         found = (_scaled(logits, ctx.temperature) - total).exp_().mul_(-gradient)
         return found.scatter_add_(-1, tokens[..., None], gradient.to(found.dtype)).to(logits.dtype), None, None
+
+
+def reply_sums(logprobs: Float[Tensor, " K"], lengths: Sequence[int]) -> Float[Tensor, " B"]:
+    """Sum over each reply, of log-probabilities that stand one reply after the other."""
+    return torch.stack([reply.sum() for reply in logprobs.split(list(lengths))])
 
 
 def entropy(logits: Float[Tensor, "*P V"], temperature: float = 1.0) -> Float[Tensor, "*P"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.config.policies import Roles as PpoRoles
-from rlhf.config.schema import GrpoConfig, PolicyStage, PpoConfig, RmConfig, SftConfig, Stage
+from rlhf.config.schema import DpoConfig, GrpoConfig, KtoConfig, PolicyStage, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch, last_row, token_batch
 from rlhf.data.order import chunks
 from rlhf.data.templates import tokenizer_digests
@@ -92,6 +92,11 @@ class Roles:
         models = [role.model for role in (self.reference, self.reward) if role is not None]
         return [model for model in models if self.policy not in model.modules()]
 
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the reference is the policy, as it is before its first step."""
+        return self.reference is not None and not self.frozen
+
     def prepared(self, model: nn.Module, wrapped: nn.Module) -> None:
         """What an engine made of a model: the frozen roles that it is are computed through it from now on."""
         for role in (self.reference, self.reward):
@@ -142,6 +147,21 @@ def open_rm(config: RmConfig) -> Roles:
     model = load_scalar(config.model.path, _loading(config), new_head=True)
     critic = _with_layers(model, config.model.path, config, scalar=True)
     return _roles(config.model.path, ActorCritic(critic=critic), config.trust_remote_code)
+
+
+def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
+    """The reference is the policy itself, to be asked before its first step, unless the config names another one."""
+    loading, source, other = _loading(config), config.model.path, config.model.reference
+    actor = _with_layers(load_actor(source, loading), source, config, scalar=False)
+    roles = _roles(source, ActorCritic(actor=actor), config.trust_remote_code)
+    if other not in (None, source):
+        _same_tokenizer(source, roles.tokenizer, "reference", other, config.trust_remote_code)
+        reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(other, loading), config)))
+        _require_rows(reference, roles.tokenizer)
+        roles.reference = Reference(reference)
+    elif config.loss.referenced:
+        roles.reference = Reference(roles.policy)
+    return roles
 
 
 def open_ppo(config: PpoConfig) -> Roles:

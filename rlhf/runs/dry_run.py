@@ -8,11 +8,11 @@ from typing import Any
 
 from rlhf.config.engines import require_fit
 from rlhf.config.parse import Invocation
-from rlhf.config.schema import PolicyStage, PpoConfig, RmConfig, SftConfig
+from rlhf.config.schema import DpoConfig, KtoConfig, PolicyStage, PpoConfig, RmConfig, SftConfig
 from rlhf.data.shapes import Kind, Schema
 from rlhf.runs.launch import command, engine_of, machines_of, printable
 
-ROWS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "ppo": "prompt", "grpo": "prompt"}
+ROWS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "dpo": "pair", "kto": "rated", "ppo": "prompt", "grpo": "prompt"}
 
 
 def describe(invocation: Invocation) -> dict[str, Any]:
@@ -44,8 +44,10 @@ def batches(config: Any, processes: int) -> list[str]:
     """How rows become optimizer steps, one sentence a line."""
     if isinstance(config, PolicyStage):
         return _iteration(config, processes)
-    assert isinstance(config, SftConfig | RmConfig)
-    rows = "pairs" if isinstance(config, RmConfig) else "sequences" if config.data.packing else "rows"
+    assert isinstance(config, SftConfig | RmConfig | DpoConfig | KtoConfig)
+    rows = {RmConfig: "pairs", DpoConfig: "pairs", KtoConfig: "replies"}.get(type(config), "rows")
+    if isinstance(config, SftConfig) and config.data.packing:
+        rows = "sequences"
     schedule = config.schedule
     length = {
         "steps": f"{schedule.length} optimizer steps in all: {schedule.length * config.batch_size} {rows}",

@@ -26,6 +26,7 @@ Verdict = Literal["ok", "changed", "missing", "by name"]
 
 INPUT_FIELDS = {
     "model": "model.path",
+    "model.reference": "model.reference",
     "actor": "roles.actor",
     "reference": "roles.reference",
     "critic": "roles.critic",

@@ -29,7 +29,7 @@ from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
 OF_ALL_STAGES = ("launch", "nproc", "dry-run", "json")
-PLACES = ("world", "sft", "rm", "ppo", "grpo")
+PLACES = ("world", *STAGES)
 
 
 class World(Section):
@@ -42,6 +42,8 @@ class Stages(Section):
 
     sft: dict[str, str] | None = None
     rm: dict[str, str] | None = None
+    dpo: dict[str, str] | None = None
+    kto: dict[str, str] | None = None
     ppo: dict[str, str] | None = None
     grpo: dict[str, str] | None = None
 
@@ -56,7 +58,7 @@ class Stages(Section):
 
     def items(self) -> list[tuple[str, dict[str, str]]]:
         """The stages there are, in the order they run."""
-        return [(name, flags) for name in PLACES[1:] if (flags := getattr(self, name)) is not None]
+        return [(name, flags) for name in type(self).model_fields if (flags := getattr(self, name)) is not None]
 
 
 class Pipeline(Section):

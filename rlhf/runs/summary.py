@@ -11,14 +11,17 @@ from rlhf.runs.manifest import MANIFEST, read_json, seconds
 # Shown as a percentage: shares of replies. All else is a plain number.
 SHARES = ("helpful", "polite", "correct", "grammatical", "rude", "ended")
 
+ACCURATE = {"rm": "reward_model", "dpo": "dpo", "kto": "kto"}
+"""Stages that are measured by how often they are right about held-out rows, and what they are called in a summary."""
+
 
 def summary(output: Path) -> dict[str, Any]:
     """The figures of a pipeline's output directory; parts of stages it does not have are left out or empty.
 
     Returns:
         {"output", "before", "after": metric -> value over the held-out prompts, of the policy PPO started from and of
-        its result; "reward_model": {"accuracy", "low", "high"}, the 95% interval; "kl": nats per reply from the SFT
-        policy; "seconds": stage -> wall time; "samples": [{"prompt", "before", "after"}]}
+        its result; "reward_model", "dpo", "kto": {"accuracy", "low", "high"}, the 95% interval; "kl": nats per reply from
+        the SFT policy; "seconds": stage -> wall time; "samples": [{"prompt", "before", "after"}]}
     """
     manifests = {file.parent.name: read_json(file) for file in sorted(output.glob(f"*/{MANIFEST}"))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest["finished"]}
@@ -27,9 +30,10 @@ def summary(output: Path) -> dict[str, Any]:
     if "ppo" in results:
         before, after = (results["ppo"].get(name, {}) for name in ("before", "after"))  # empty without held-out prompts
         figures |= {"before": before, "after": after, "kl": after.get("kl")}
-    if "eval/accuracy" in results.get("rm", {}):
-        names = {"accuracy": "eval/accuracy", "low": "eval/accuracy_low", "high": "eval/accuracy_high"}
-        figures["reward_model"] = {name: results["rm"].get(key) for name, key in names.items()}
+    for stage, of in ACCURATE.items():
+        if "eval/accuracy" in results.get(stage, {}):
+            names = {"accuracy": "eval/accuracy", "low": "eval/accuracy_low", "high": "eval/accuracy_high"}
+            figures[of] = {name: results[stage].get(key) for name, key in names.items()}
     in_order = sorted(finished, key=lambda name: finished[name]["started"])
     figures["seconds"] = {name: seconds(finished[name]) for name in in_order}
     return figures | {"samples": samples(output / "ppo" / "samples.jsonl")}
@@ -68,8 +72,10 @@ def show(figures: dict[str, Any], stream: IO[str]) -> None:
             table.add_row(name, _number(name, before.get(name)), _number(name, after.get(name)))
     if figures.get("kl") is not None:
         table.add_row("KL from SFT, nats per reply", "", f"{figures['kl']:.2f}")
-    if model := figures.get("reward_model"):
-        table.add_row("reward model, held-out accuracy", "", "{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**model))
+    for of in ACCURATE.values():
+        if found := figures.get(of):
+            name = f"{of.replace('_', ' ')}, held-out accuracy"
+            table.add_row(name, "", "{accuracy:.3f} [{low:.3f}, {high:.3f}]".format(**found))
     for stage, duration in figures["seconds"].items():
         table.add_row(f"seconds for {stage}", "", f"{duration:.0f}")
     console.print(table)

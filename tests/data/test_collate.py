@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from rlhf.data.collate import Row, last_row, pair_batch, reply_row, sft_batch, token_batch
-from rlhf.data.examples import PairExample, SftExample
+import pytest
+
+from rlhf.data.collate import Row, last_row, pair_batch, reply_batch, reply_row, sft_batch, token_batch
+from rlhf.data.examples import PairExample, RatedExample, SftExample, mismatched
+from rlhf.errors import DataError
 
 
 def test_rows_one_after_the_other():
@@ -48,3 +51,21 @@ def test_f5_only_what_predicts_a_trained_token_is_read():
     assert batch.read.tolist() == [1, 2, 4]  # the first token of a row is predicted by nothing, though it is trained
     assert batch.targets.tolist() == [7, 8, 3]
     assert token_batch([Row([], [1, 2], [])]).read.tolist() == []
+
+
+def test_replies_of_a_pair_are_read_behind_their_one_prompt():
+    batch = reply_batch([PairExample([2, 3], [4, 1], [5])])
+    assert batch.ids.tolist() == [2, 3, 4, 1, 5]
+    assert batch.read.tolist() == [1, 2, 1]
+    assert batch.targets.tolist() == [4, 1, 5]
+
+
+def test_a_mismatched_reply_is_that_of_the_row_before_with_another_prompt():
+    prompts, replies = [[2], [2], [3], [3], [2]], [[11], [12], [13], [14], [15, 16]]
+    rows = [RatedExample(prompt, reply, True) for prompt, reply in zip(prompts, replies, strict=True)]
+    found = mismatched(rows, limit=2)
+    assert [row.prompt for row in found] == prompts
+    assert [row.reply for row in found] == [[14], [14], [12], [12], [14]]  # the first two go round to the end
+    assert mismatched([rows[2], rows[4]], limit=2)[0].reply == [15]  # cut
+    with pytest.raises(DataError, match="all rows have the same prompt"):
+        mismatched(rows[:2], limit=2)

@@ -15,7 +15,7 @@ from rlhf.config.policies import PromptData
 from rlhf.config.schema import SftData
 from rlhf.config.sections import Data
 from rlhf.data.collate import pair_batch, sft_batch
-from rlhf.data.examples import SftExample, pair_examples, prompt_examples, sft_examples
+from rlhf.data.examples import SftExample, pair_examples, prompt_examples, rated_examples, sft_examples
 from rlhf.data.templates import Template, tokenizer_digests
 from rlhf.errors import DataError
 
@@ -133,6 +133,19 @@ def test_f4_pairs_equal_after_truncation_are_dropped(tokenizer, tmp_path):
     assert batch.ids.tolist() == ids("<s> hi yes </s> no </s>")  # the prompt once
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
     assert batch.read.tolist() == [3, 5]
+
+
+def test_a_pair_is_two_rated_rows(tokenizer, tmp_path):
+    rows = [{"prompt": "hi", "chosen": "yes", "rejected": "no no"}, {"prompt": "so", "completion": "why", "label": False}]
+    path = write(tmp_path / "r.jsonl", *rows)
+    found = rated_examples(path, Data(train=path, max_length=4, too_long="truncate"), template(tokenizer, "plain"))
+    assert [(e.prompt, e.reply, e.desirable) for e in found.items] == [
+        (ids("<s> hi"), ids("yes </s>"), True),
+        (ids("<s> hi"), ids("no no"), False),
+        (ids("<s> so"), ids("why </s>"), False),
+    ]
+    assert [example.where for example in found.items] == [f"{path}:1", f"{path}:1", f"{path}:2"]
+    assert any("1 pairs became two rows each" in note for note in found.notes)
 
 
 def test_plain_text(tokenizer, tmp_path):

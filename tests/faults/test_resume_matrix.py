@@ -86,7 +86,7 @@ def whole(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "kto", "ppo"])
 def test_goes_on_to_the_same_bits(stage, processes, place, world, whole, tmp_path):
     stop, goes_on_from, dies = PLACES[place]
     ranks = {"first": [0], "last": [processes - 1], "all": list(range(processes))}[dies]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rlhf.rollout.engines import Samples
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = ("sft", "rm", "dpo", "kto", "ppo")
 
 
 class RuleEngine:

@@ -18,7 +18,7 @@ from rlhf.fp8.recipes import SHAPES
 from rlhf.fp8.state import advance
 from rlhf.models.load import Loading, load_actor
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = ("sft", "rm", "dpo", "ppo")
 RECIPES = ("delayed", "current", "block", "rowwise", "mxfp8")
 
 

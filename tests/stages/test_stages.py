@@ -40,7 +40,7 @@ def test_learning(world, tmp_path):
     assert metrics(tmp_path / "rm")[-1]["eval/accuracy"] > 0.9  # the pairs are separable by their first word
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "kto", "ppo"])
 def test_lora(stage, world, tmp_path):
     """The adapter is saved as such, merged it is a plain model, and both answer alike."""
     log, first, second = tmp_path / "log", tmp_path / "adapter", tmp_path / "merged"

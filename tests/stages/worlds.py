@@ -32,7 +32,12 @@ def world(tmp_path_factory) -> Path:
     sft = [{"prompt": words(2, 7), "completion": f" {words(1, 6)}"} for _ in range(37)]
     pairs = [{"prompt": words(2, 7), "chosen": f" a a {words(1, 5)}", "rejected": f" h {words(1, 5)}"} for _ in range(37)]
     prompts = [{"prompt": words(2, 7)} for _ in range(29)]
-    for name, rows in (("sft", sft), ("pairs", pairs), ("prompts", prompts)):
+    good = {True: "chosen", False: "rejected"}
+    rated = [
+        {"prompt": pair["prompt"], "completion": pair[good[row % 3 > 0]], "label": row % 3 > 0}
+        for row, pair in enumerate(pairs)
+    ]
+    for name, rows in (("sft", sft), ("pairs", pairs), ("rated", rated), ("prompts", prompts)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
 
