@@ -32,16 +32,18 @@ from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
+from rlhf.functional.importance import importance_weights
 from rlhf.functional.kl import controller
 from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.credit import RunningScores, credit
-from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.engines import Samples, open_engine
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
 from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
@@ -50,6 +52,7 @@ from rlhf.training import invariants
 from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.entry import run_stage
 from rlhf.training.opening import open_training
+from rlhf.training.parity import require_parity
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
 
@@ -96,17 +99,24 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
-        engine = NativeEngine(train.gathered, roles.stop_ids, pad_id, config.rollout.generation_batch_size, train.note)
+        engine = open_engine(config.rollout, train, roles.stop_ids, pad_id)
         engine.sync(policy, version=train.step_done)
+        require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
+        recording = Recording(train.run, config.rollout, train.is_main, train.step_done)
 
-        def collect(asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
+        def collect(
+            asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling, recorded: Samples | None = None
+        ) -> Experience:
             """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
             sizes = len(asked), config.ppo.minibatch_size, config.micro_batch_size
             micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
             mine = [row for micro in micros if micro.weight for row in micro.items]
             drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
             with train.phase("rollout"):
-                samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
+                if recorded is None:
+                    samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
+                else:
+                    samples = recorded.rows(drawn)
             with train.phase("score"):
                 texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
                 places = [MicroBatch([local.get(row, 0) for row in micro.items], micro.weight) for micro in micros]
@@ -133,7 +143,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 1, 2: what the old policy did, and how good it was
             asked = [prompts[index] for index in batches[step] for _ in range(config.rollout.samples_per_prompt)]
             seeds = row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
-            experience = collect(asked, seeds, rollout_sampling)
+            experience = collect(asked, seeds, rollout_sampling, recording.read(step, asked))
+            recording.write(step, experience)
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
@@ -198,9 +209,11 @@ def ppo_loss(
     assert part.advantages is not None
     assert part.returns is not None
     logprobs, values = part.spread(output.logprobs), part.spread(output.values)
-    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
+    cap, sampled = config.ppo.importance_cap, part.sampled_logprobs
+    weights, weight_stats = importance_weights(part.logprobs, sampled, part.mask, cap) if cap else (None, {})
+    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip, weights)
     of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
-    for name, loss, of_loss in (("policy", of_policy, policy_stats), ("value", of_value, value_stats)):
+    for name, loss, of_loss in (("policy", of_policy, policy_stats | weight_stats), ("value", of_value, value_stats)):
         of_loss = {f"{name}/{key}": value for key, value in (of_loss | {"loss": loss.detach()}).items()}
         stats.add_all(of_loss, part.mask.sum())
     # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.

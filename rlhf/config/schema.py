@@ -187,6 +187,14 @@ class PpoConfig(Stage):
             raise ValueError("lora.base must be `plain` with roles.mode `shared`: its critic is saved with the base's weights")
         if self.trust_remote_code and self.roles.mode != "separate":
             raise ValueError("roles.mode must be `separate` with trust_remote_code: others build models that bring no code")
+        not_plain = self.roles.mode == "adapters" or self.lora.base != "plain" or self.fp8.recipe != "none"
+        if self.rollout.engine == "vllm" and not_plain:
+            raise ValueError(
+                "rollout.engine must be `native` or `hf` with roles.mode `adapters`, lora.base `nf4` or an fp8.recipe: a "
+                "server is sent plain weights, and would sample another policy"
+            )
+        if self.rollout.replay == self.output:
+            raise ValueError("rollout.replay must be another run than output")
         if self.roles.mode == "adapters" and not self.lora.rank:
             raise ValueError(
                 "lora.rank must be more than 0 with roles.mode `adapters`: the actor and the critic are LoRA adapters"
@@ -206,5 +214,7 @@ SHORT_FLAGS = {
     "data.file": "data",
     "data.json_key": "json_key",
     "report.profile": "profile",
+    "rollout.record": "record",
+    "rollout.replay": "replay",
 }
 """A config field -> the flag that is short for it, for the commands that have the field."""

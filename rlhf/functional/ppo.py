@@ -21,8 +21,11 @@ def policy_loss(
     advantages: Float[Tensor, "B T"],
     mask: Shaped[Tensor, "B T"],
     clip: float,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Sum of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logprobs - old_logprobs).
+
+    `weights` (importance.py) multiply each token's term.
 
     Statistics, detached: `approx_kl` (half the squared log ratio), `clip_fraction` (tokens with a ratio outside the
     clip range, whatever the sign of A) and `ratio` are sums; `max_abs_log_ratio` is a maximum, as a sum of signed
@@ -32,7 +35,8 @@ def policy_loss(
     log_ratio = zero_outside(logprobs - old_logprobs, mask)
     ratio = log_ratio.exp()
     advantages = zero_outside(advantages, mask)
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).sum()
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    loss = (losses if weights is None else zero_outside(weights, mask) * losses).sum()
 
     log_ratio, ratio = log_ratio.detach(), ratio.detach()
     return loss, {

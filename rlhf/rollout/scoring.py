@@ -41,7 +41,7 @@ def score(
         logprobs=_blank(policy, mask),
         values=_blank(policy, mask),
         reference_logprobs=None if reference is None else _blank(policy, mask),
-        scores=reward(samples, texts),
+        scores=reward(samples, texts) if samples.scores is None else samples.scores,
     )
     for rows, weight in micro_batches:
         part = experience.rows(rows)
