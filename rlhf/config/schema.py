@@ -193,6 +193,8 @@ class PpoConfig(Stage):
                 "rollout.engine must be `native` or `hf` with roles.mode `adapters`, lora.base `nf4` or an fp8.recipe: a "
                 "server is sent plain weights, and would sample another policy"
             )
+        if self.rollout.record and self.fp8.probe.fallback:
+            raise ValueError("rollout.record must be false with fp8.probe.fallback, which may go on from other rollouts")
         if self.rollout.replay == self.output:
             raise ValueError("rollout.replay must be another run than output")
         if self.roles.mode == "adapters" and not self.lora.rank:

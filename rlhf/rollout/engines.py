@@ -43,10 +43,14 @@ class Samples:
 
     def rows(self, indices: Sequence[int]) -> Samples:
         """Some replies, in the order given."""
-        lists = (self.prompts, self.responses, self.logprobs, self.finished)
-        prompts, responses, logprobs, finished = ([values[index] for index in indices] for values in lists)
-        scores = None if self.scores is None else self.scores[torch.tensor(list(indices))]
-        return Samples(prompts, responses, logprobs, finished, self.version, scores)
+        return Samples(
+            [self.prompts[index] for index in indices],
+            [self.responses[index] for index in indices],
+            [self.logprobs[index] for index in indices],
+            [self.finished[index] for index in indices],
+            self.version,
+            None if self.scores is None else self.scores[torch.tensor(list(indices))],
+        )
 
 
 class Engine(Protocol):

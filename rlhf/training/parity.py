@@ -50,8 +50,8 @@ def require_parity(engine: Engine, policy: nn.Module, prompts: Sequence[list[int
                 if gap > 2 * tolerance or not apart <= tolerance:
                     raise CheckFailed(
                         f"rollout.engine {config.rollout.engine} does not sample the policy that is trained. Greedy reply to "
-                        f"prompt {row}, token {place}: the engine took {token} with log-prob {logprob:.4f}; by a forward it has "
-                        f"{own:.4f}, and the likeliest is {best} with {own + gap:.4f} (tolerance {tolerance} nats). The engine "
+                        f"prompt {row}, token {place}: the engine took {token} with log-prob {logprob:.4f}; by a forward it "
+                        f"has {own:.4f}, and the likeliest is {best} with {own + gap:.4f} (tolerance {tolerance} nats). It "
                         "has other weights, or another temperature, other positions, a coarser precision"
                     )
                 near_ties, largest = near_ties + (token != best), max(largest, apart)
