@@ -83,9 +83,8 @@ class Rollout(Section):
     @field_validator("server")
     @classmethod
     def _is_plain_address(cls, server: str) -> str:
-        """The message leaves out the address: it may hold a password."""
         if not re.fullmatch(r"https?://[^/?#@\s]+/?", server):
-            raise ValueError("not the address of a server; it has the form http://host:port, without a user or a path")
+            raise ValueError("not the address of a server; it has the form http://host:port")
         return server
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ LOG = math.log
 
 
 def test_weights_by_hand():
-    """Ratios 2, 1/2, 1, 3 under a cap of 2: the last is capped, the first is not; a place outside the mask may hold anything."""
+    """Ratios 2, 1/2, 1, 3 under a cap of 2: the last is capped, the first is not; outside the mask may stand anything."""
     logprobs = torch.tensor([[LOG(0.4), LOG(0.1), LOG(0.3)], [LOG(0.6), -torch.inf, torch.nan]], requires_grad=True)
     sampled = torch.tensor([[LOG(0.2), LOG(0.2), LOG(0.3)], [LOG(0.2), 0.0, 0.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])

@@ -8,7 +8,7 @@ import pytest
 import test_refill
 import torch
 from splitmix import splitmix64
-from test_refill import FAMILIES, PROMPTS, SEEDS, STOP, WITH_STATES, alone, expected, model_of, sampled
+from test_refill import FAMILIES, PROMPTS, SAMPLING, SEEDS, STOP, WITH_STATES, alone, expected, model_of, sampled
 from torch import nn
 
 from rlhf.models.actor_critic import ActorCritic
@@ -17,7 +17,7 @@ from rlhf.rollout.hf_engine import HfEngine
 from rlhf.rollout.sampling import Sampling
 
 
-def by_generate(model: nn.Module, slots: int, prompts=PROMPTS, sampling=Sampling(9, 2.0), seeds=SEEDS, stop=STOP) -> Samples:
+def by_generate(model: nn.Module, slots: int, prompts=PROMPTS, sampling=SAMPLING, seeds=SEEDS, stop=STOP) -> Samples:
     engine = HfEngine(nullcontext, sorted(stop), pad_id=0, slots=slots)
     engine.sync(ActorCritic(actor=model), version=3)
     return engine.generate(prompts, sampling, seeds)

@@ -77,7 +77,7 @@ def test_other_weights_are_found(tiny):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    with pytest.raises(CheckFailed, match=r"rollout\.engine hf does not sample the policy.* prompt \d, token \d: the engine took"):
+    with pytest.raises(CheckFailed, match=r"engine hf does not sample the policy.* prompt \d, token \d: the engine took"):
         check(policy, engine_of(other))
 
 
