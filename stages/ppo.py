@@ -38,6 +38,7 @@ from rlhf.functional.ppo import policy_loss, value_loss
 from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
+from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import Samples, open_engine
 from rlhf.rollout.evaluate import evaluate
@@ -92,7 +93,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
-        train.remember(running=running, kl=kl)
+        ahead = Ahead(train.rank, train.world_size, train.gather)
+        train.remember(running=running, kl=kl, ahead=ahead)
         rollout = config.rollout
         rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
@@ -104,19 +106,23 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
         recording = Recording(train.run, config.rollout, train.is_main, train.step_done)
 
+        def batch_of(step: int) -> tuple[list[PromptExample], list[int]]:
+            asked = [prompts[index] for index in batches[step] for _ in range(config.rollout.samples_per_prompt)]
+            return asked, row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
+
         def collect(
-            asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling, recorded: Samples | None = None
+            asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling, known: Samples | None = None
         ) -> Experience:
-            """1 and 2: this rank's share is sampled and scored, then every rank gets the whole (it is small)."""
+            """1 and 2: this rank's share is sampled (or `known`) and scored; then every rank gets the whole (it is small)."""
             sizes = len(asked), config.ppo.minibatch_size, config.micro_batch_size
             micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
             mine = [row for micro in micros if micro.weight for row in micro.items]
             drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
             with train.phase("rollout"):
-                if recorded is None:
+                if known is None:
                     samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
                 else:
-                    samples = recorded.rows(drawn)
+                    samples = known.rows(drawn)
             with train.phase("score"):
                 texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
                 places = [MicroBatch([local.get(row, 0) for row in micro.items], micro.weight) for micro in micros]
@@ -141,10 +147,12 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
-            asked = [prompts[index] for index in batches[step] for _ in range(config.rollout.samples_per_prompt)]
-            seeds = row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
-            experience = collect(asked, seeds, rollout_sampling, recording.read(step, asked))
+            asked, seeds = batch_of(step)
+            experience = collect(asked, seeds, rollout_sampling, recording.read(step, asked) or ahead.take(step))
             recording.write(step, experience)
+            if config.rollout.overlap and step + 1 < batches.length:
+                coming, coming_seeds = batch_of(step + 1)
+                ahead.begin(engine, step + 1, [prompt.ids for prompt in coming], rollout_sampling, coming_seeds)
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
@@ -181,6 +189,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 5
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
+            ahead.finish()
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:

@@ -61,6 +61,8 @@ class Rollout(Section):
     the weights after each update (docs/rollouts.md)."""
     server: str = "http://127.0.0.1:8000"
     """vllm: address of the server."""
+    overlap: bool = False
+    """vllm: sample the next batch while this one's update runs, by the weights before it; needs ppo.importance_cap."""
     record: bool = False
     """Keep the replies, log-probabilities and scores of every iteration in `rollouts/` of the run."""
     replay: Place | None = None

@@ -193,6 +193,11 @@ class PpoConfig(Stage):
                 "rollout.engine must be `native` or `hf` with roles.mode `adapters`, lora.base `nf4` or an fp8.recipe: a "
                 "server is sent plain weights, and would sample another policy"
             )
+        if self.rollout.overlap and not (self.rollout.engine == "vllm" and self.ppo.importance_cap and not self.rollout.replay):
+            raise ValueError(
+                "rollout.overlap needs rollout.engine `vllm`, a server that samples while this process updates, and "
+                "ppo.importance_cap, as its replies are of the weights before; and nothing to overlap is left in a replay"
+            )
         if self.rollout.record and self.fp8.probe.fallback:
             raise ValueError("rollout.record must be false with fp8.probe.fallback, which may go on from other rollouts")
         if self.rollout.replay == self.output:

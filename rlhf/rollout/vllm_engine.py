@@ -21,8 +21,8 @@ from rlhf.rollout.sampling import Sampling
 Answer = TypeVar("Answer")
 
 START = (
-    "start it as `trl vllm-serve --model MODEL` says, on other GPUs than the run's, wait until it is up, and run the same "
-    "command again; or set rollout.engine to `native`"
+    "start it on other GPUs than the run's, by the command in docs/rollouts.md, wait until it is up, and run the same command "
+    "again; or set rollout.engine to `native`"
 )
 
 
@@ -87,7 +87,7 @@ class VllmEngine:
             )
             return self._read(answer)
 
-        with ThreadPoolExecutor(max_workers=min(self.slots, len(prompts))) as asking:
+        with ThreadPoolExecutor(max_workers=self.slots) as asking:
             replies = list(asking.map(reply, prompts, row_seeds))
         responses = [tokens for tokens, _ in replies]
         finished = [response[-1] in self.stop_ids for response in responses]
@@ -99,7 +99,11 @@ class VllmEngine:
             raise DataError("rollout.server: an answer has no tokens, or not one log-probability for each; is it vLLM's own?")
         told = zip(tokens, answer["logprob_token_ids"][0], answer["logprobs"][0], strict=True)
         found = [dict(zip(ids, values, strict=True))[token] for token, ids, values in told]
-        return tokens, [float("nan") if logprob is None else logprob for logprob in found]
+        if None in found:
+            raise DataError(
+                f"rollout.server: the log-probability of token {tokens[found.index(None)]} is NaN; are its weights?"
+            )
+        return tokens, found
 
     def _asked(self, ask: Callable[[], Answer]) -> Answer:
         try:

@@ -166,7 +166,7 @@ def test_no_server(server):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=rf"rollout\.server {url}: no vLLM server answers there; start it as"):
+        with pytest.raises(ConfigError, match=rf"rollout\.server {url}: no vLLM server answers there; start it on"):
             connected(url, Gpu())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import flags, left, metrics, run, start_on, wait
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 SMALL = {"schedule__length": 3, "data__eval": "null"}
 
@@ -178,18 +179,22 @@ def test_importance_weights_in_a_run(world, tmp_path):
         )
         module.invariants.ROLLOUT_TOLERANCE = {"fp64": 1.0}
 
-    run_it(1, world, tmp_path, "capped", sampled_otherwise, precision="fp64", ppo__importance_cap=1.5, schedule__length=1)
-    line = metrics(tmp_path / "capped")[0]
+    one = {"precision": "fp64", "schedule__length": 1, "ppo__epochs": 1, "ppo__minibatch_size": 14, "ppo__whiten": "false"}
+    run_it(1, world, tmp_path, "capped", sampled_otherwise, ppo__importance_cap=1.5, **one)
+    run_it(1, world, tmp_path, "not-capped", sampled_otherwise, **one)
+    line, other = metrics(tmp_path / "capped")[0], metrics(tmp_path / "not-capped")[0]
     assert line["policy/importance_weight"] == pytest.approx(1.5)
     assert line["policy/importance_capped"] == 1
-    assert line["policy/ratio"] != 1.5
+    assert line["policy/loss"] == pytest.approx(1.5 * other["policy/loss"])
+    assert line["value/loss"] == pytest.approx(other["value/loss"])
+    assert abs(other["policy/loss"]) > 1e-2
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["synced", "never-synced-again"])
-def test_a_vllm_server_has_the_weights_of_every_iteration(world, tmp_path, forgets):
-    """Its log-probs are, iteration by iteration, those that the policy gives; not where updates are kept from it."""
+def from_a_server(world, told=None, forgets=False):
+    """A `change`: each rank has a stand-in server of its own, and sends it weights itself. Into `told` go, for the weights sent
+    each time, how many replies were asked for since the time before. With `forgets` only the first are sent."""
 
-    def from_a_server(module) -> None:
+    def change(module) -> None:
         from vllm_stand_in import serving
 
         from rlhf.models.load import Loading, load_actor
@@ -199,25 +204,95 @@ def test_a_vllm_server_has_the_weights_of_every_iteration(world, tmp_path, forge
         invariants.ROLLOUT_TOLERANCE["bf16"] = 1e-4  # the stand-in computes in float32
 
         def open_engine(config, train, stop_ids, pad_id):
-            served = serving(load_actor(str(world / "model"), Loading(seed=1), from_scratch=True))
-            stand_in = served.__enter__()
-            module.served = served  # as long as the process lives
-            gpu = SimpleNamespace(device=torch.device("cuda"), is_main=True)
-            engine = VllmEngine(connected(stand_in.url, gpu), train, stop_ids, config.generation_batch_size)
+            module.served = serving(load_actor(str(world / "model"), Loading(seed=1), from_scratch=True))
+            stand_in = module.served.__enter__()  # for as long as the process lives
+            own = SimpleNamespace(
+                device=torch.device("cuda"), is_main=True, gathered=train.gathered, wait_for_main=train.wait_for_main
+            )
+            engine = VllmEngine(connected(stand_in.url, own), own, stop_ids, config.generation_batch_size)
             right = engine.sync
-            engine.sync = lambda weights, version: right(weights, version) if version == 0 or not forgets else None
+
+            def sync(weights, version) -> None:
+                if told is not None and train.is_main:
+                    asked = sum(path == "/v1/completions" for path, _ in stand_in.calls)
+                    with told.open("a") as file:
+                        file.write(f"{asked} ")
+                    stand_in.calls.clear()
+                if version == 0 or not forgets:
+                    right(weights, version)
+
+            engine.sync = sync
             return engine
 
         module.open_engine = open_engine
 
-    said = run_it(1, world, tmp_path, "run", from_a_server, rollout__engine="vllm", record="true")
+    return change
+
+
+def apart(output, step: int, model=None) -> float:
+    """Largest |difference| between the log-probs a recorded iteration was sampled with and those of its old policy, or of
+    another model's forward."""
+    found = load_file(output / "rollouts" / f"step-{step}.safetensors")
+    mask, right = found["mask"].bool(), found["logprobs"]
+    if model is not None:
+        right = torch.zeros_like(right)
+        for row, (prompt, length, tokens) in enumerate(
+            zip(found["prompts"], found["prompt_lengths"], found["tokens"], strict=True)
+        ):
+            ids = torch.cat([prompt[:length], tokens[mask[row]]])
+            logits = model(ids[None]).logits[0, length - 1 : -1] / 0.7
+            right[row][mask[row]] = logits.log_softmax(-1).gather(1, tokens[mask[row]][:, None])[:, 0].detach()
+    return float((found["sampled_logprobs"] - right)[mask].abs().max())
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["synced", "never-synced-again"])
+def test_a_vllm_server_has_the_weights_of_every_iteration(world, tmp_path, forgets):
+    """Its log-probs are, iteration by iteration, those that the policy gives; not where updates are kept from it."""
+
+    said = run_it(1, world, tmp_path, "run", from_a_server(world, forgets=forgets), rollout__engine="vllm", record="true")
     assert "rollout engine vllm: " in said
-    apart = []
-    for step in (1, 2, 3):
-        found = load_file(tmp_path / "run" / "rollouts" / f"step-{step}.safetensors")
-        apart.append(float((found["sampled_logprobs"] - found["logprobs"])[found["mask"].bool()].abs().max()))
-    assert apart[0] < 1e-4
-    assert all((x > 1e-3) if forgets else (x < 1e-4) for x in apart[1:])
+    assert apart(tmp_path / "run", 1) < 1e-4
+    assert all((apart(tmp_path / "run", step) > 1e-3) == forgets for step in (2, 3))
+
+
+OVERLAP = {"rollout__engine": "vllm", "rollout__overlap": "true", "ppo__importance_cap": 2, "record": "true"}
+
+
+def test_overlap_samples_with_the_weights_before(world, tmp_path):
+    """4 greedy replies and two batches before the first update, one batch more in it; 14 replies a batch, 3 iterations."""
+    told = tmp_path / "told"
+    run_it(1, world, tmp_path, "run", from_a_server(world, told), **OVERLAP)
+    assert told.read_text().split() == ["0", "32", "14", "0"]
+    run_it(1, world, tmp_path, "plain", from_a_server(world, told), **{**OVERLAP, "rollout__overlap": "false"})
+    assert told.read_text().split()[4:] == ["0", "18", "14", "14"]
+    first = AutoModelForCausalLM.from_pretrained(world / "model")
+    assert apart(tmp_path / "run", 1) < 1e-4
+    assert apart(tmp_path / "run", 2) > 1e-3
+    assert apart(tmp_path / "run", 2, first) < 1e-4
+    assert apart(tmp_path / "run", 3, first) > 1e-3
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["policy/importance_weight"] == pytest.approx(1, abs=1e-4)
+    assert all(abs(line["policy/importance_weight"] - 1) > 1e-3 for line in lines[1:])
+
+
+def test_overlap_resumes_to_the_bit(world, tmp_path):
+    """Replies that wait for their iteration are in the checkpoint: the weights that sampled them are gone."""
+    more = {**OVERLAP, "data__eval": world / "prompts.jsonl"}
+    run_it(1, world, tmp_path, "whole", from_a_server(world), **more)
+    for _ in range(2):
+        run_it(1, world, tmp_path, "stopped", from_a_server(world), expected=143, max_hours=1e-9, **more)
+    run_it(1, world, tmp_path, "stopped", from_a_server(world), **more)
+    assert left(tmp_path / "stopped", 3) == left(tmp_path / "whole", 3)
+
+
+def test_overlap_in_two_processes(world, tmp_path):
+    """Each asks for its share; what the first weights sampled is the same in the same places."""
+    for processes, name in ((1, "one"), (2, "two")):
+        run_it(processes, world, tmp_path, name, from_a_server(world), **OVERLAP, rollout__batch_size=7)
+    for step in (1, 2):
+        one, two = (load_file(tmp_path / name / "rollouts" / f"step-{step}.safetensors") for name in ("one", "two"))
+        assert all(torch.equal(one[name], two[name]) for name in ("prompts", "tokens", "mask", "finished", "scores"))
+        assert torch.allclose(one["sampled_logprobs"], two["sampled_logprobs"], atol=1e-5)
 
 
 def test_options_that_do_not_go_together(world, tmp_path):
@@ -230,6 +305,8 @@ def test_options_that_do_not_go_together(world, tmp_path):
         ({"rollout__server": "host:8000"}, "not the address of a server"),
         ({"replay": tmp_path / "run"}, "rollout.replay must be another run than output"),
         ({"ppo__importance_cap": 0.5}, "ppo.importance_cap"),
+        ({"rollout__engine": "vllm", "rollout__overlap": "true"}, "rollout.overlap needs"),
+        ({"rollout__overlap": "true", "ppo__importance_cap": 2}, "rollout.overlap needs"),
         ({"record": "true", "fp8__recipe": "block", "fp8__probe__fallback": "true"}, "rollout.record must be false"),
     ):
         with pytest.raises(ConfigError, match=message):
