@@ -189,7 +189,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 5
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
-            ahead.finish()
+            with train.phase("rollout"):
+                ahead.finish()
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:

@@ -52,6 +52,7 @@ def test_a_replay_is_the_run_to_the_bit(recorded, world):
     assert not (directory / "replayed" / "rollouts").exists()
 
 
+@pytest.mark.parametrize("recorded", [2], indirect=True)
 def test_what_a_file_holds(recorded):
     """Read by safetensors alone: log-probs where the mask is, prompts as they were asked, all scores."""
     _, _, output = recorded
@@ -66,6 +67,7 @@ def test_what_a_file_holds(recorded):
         assert int(found["prompt_lengths"].sum() + mask.sum()) == line["tokens"]
 
 
+@pytest.mark.parametrize("recorded", [1], indirect=True)
 def test_a_score_that_is_another_changes_the_update(recorded, world):
     """The files are what is learned from."""
     processes, directory, output = recorded
@@ -245,7 +247,7 @@ def apart(output, step: int, model=None) -> float:
     return float((found["sampled_logprobs"] - right)[mask].abs().max())
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["synced", "never-synced-again"])
+@pytest.mark.parametrize("forgets", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["synced", "never-synced-again"])
 def test_a_vllm_server_has_the_weights_of_every_iteration(world, tmp_path, forgets):
     """Its log-probs are, iteration by iteration, those that the policy gives; not where updates are kept from it."""
 
@@ -285,6 +287,7 @@ def test_overlap_resumes_to_the_bit(world, tmp_path):
     assert left(tmp_path / "stopped", 3) == left(tmp_path / "whole", 3)
 
 
+@pytest.mark.slow
 def test_overlap_in_two_processes(world, tmp_path):
     """Each asks for its share; what the first weights sampled is the same in the same places."""
     for processes, name in ((1, "one"), (2, "two")):
