@@ -61,14 +61,14 @@ def score_one_index_late(module) -> None:
 
 def pads_unmasked(module) -> None:
     right = module.policy_loss
-    module.policy_loss = lambda new, old, adv, mask, clip: right(new, old, adv, torch.ones_like(mask), clip)
+    module.policy_loss = lambda new, old, adv, mask, *more: right(new, old, adv, torch.ones_like(mask), *more)
 
 
 def mean_of_means(module) -> None:
     right = module.policy_loss
 
-    def mean(new, old, adv, mask, clip):
-        loss, stats = right(new, old, adv, mask, clip)
+    def mean(new, old, adv, mask, *more):
+        loss, stats = right(new, old, adv, mask, *more)
         return loss / mask.sum() * 100, stats
 
     module.policy_loss = mean
