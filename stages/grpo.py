@@ -37,13 +37,15 @@ from rlhf.functional.kl import controller
 from rlhf.models.roles import open_grpo, reward_model_of
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
+from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit_without_critic
-from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.scoring import Scored, in_places_of
+from rlhf.rollout.scoring import in_places_of
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
@@ -52,6 +54,7 @@ from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
 from rlhf.training.opening import open_training
+from rlhf.training.parity import require_parity
 from rlhf.training.pretraining import PretrainingMix
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "reward/same_scores")
@@ -84,7 +87,8 @@ def main(invocation: Invocation) -> None:
         held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
-        train.remember(running=running, kl=kl)
+        ahead = Ahead(train.rank, train.world_size, train.gather)
+        train.remember(running=running, kl=kl, ahead=ahead)
         followers = Followers(train, config, roles)
         mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
         batches = Batches(len(prompts), rollout.batch_size, train.seed("data"), config.schedule)
@@ -92,16 +96,18 @@ def main(invocation: Invocation) -> None:
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
-        engine = NativeEngine(train.gathered, roles.stop_ids, roles.pad_id, rollout.generation_batch_size, train.note)
+        engine = open_engine(rollout, train, roles.stop_ids, roles.pad_id)
         engine.sync(policy, version=train.step_done)
+        require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
+        recording = Recording(train.run, rollout, train.is_main, train.step_done)
         who = train, config, roles, policy, engine, reward
         collect = Collection(*who, grpo.minibatch_size, scorers, held_out)
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
 
-        def replies(asked: list[PromptExample], *purpose: object) -> Scored:
-            """As many to each prompt as a group has, side by side."""
+        def rows_of(asked: list[PromptExample], *purpose: object) -> tuple[list[PromptExample], list[int]]:
+            """Each prompt as often as it gets replies, side by side, and the seeds of these."""
             rows = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
-            return collect.replies(rows, row_seeds(train.seed(*purpose), [prompt.index for prompt in rows]), sampling)
+            return rows, row_seeds(train.seed(*purpose), [prompt.index for prompt in rows])
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -110,18 +116,23 @@ def main(invocation: Invocation) -> None:
             checks = invariants.Checks()
 
             # 1: a prompt whose replies all score the same gives way to one of other prompts, a few times at most
-            asked = [prompts[index] for index in batches[step][: rollout.batch_size]]
-            scored = replies(asked, "rollout", step)
+            asked = [prompts[index] for index in batches[step]]
+            rows, seeds = rows_of(asked, "rollout", step)
+            scored = recording.read(step, rows) or collect.replies(rows, seeds, sampling, ahead.take(step))
             for number in range(grpo.resample):
                 places = same_scores(scored.scores.view(-1, rollout.samples_per_prompt)).nonzero().flatten().tolist()
                 if not places:
                     break
                 drawn = [prompts[index] for index in others[step * grpo.resample + number]][: len(places)]
-                more = replies(drawn, "resample", step, number)
+                more = collect.replies(*rows_of(drawn, "resample", step, number), sampling)
                 asked, scored = in_places_of(asked, scored, places, drawn, more)
 
             # 2, 3: what the policies think of it, and which reply gets how much of the praise
             experience = collect.experience(scored, sampling)
+            recording.write(step, experience)
+            if rollout.overlap and step + 1 < batches.length:
+                coming = rows_of([prompts[index] for index in batches[step + 1]], "rollout", step + 1)
+                ahead.begin(engine, step + 1, *coming, sampling)
             greedy = None
             if grpo.estimator == "remax":
                 greedy = collect.replies(asked, [0] * len(asked), Sampling(rollout.max_new_tokens, temperature=0.0))
@@ -158,6 +169,8 @@ def main(invocation: Invocation) -> None:
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             followers.follow(step)
+            with train.phase("rollout"):
+                ahead.finish()
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:

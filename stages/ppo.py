@@ -36,10 +36,12 @@ from rlhf.functional.ppo import value_loss
 from rlhf.models.roles import open_ppo, reward_model_of
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
+from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit
-from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reader, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.watched import found_again, watched
@@ -50,6 +52,7 @@ from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
 from rlhf.training.opening import open_training
+from rlhf.training.parity import require_parity
 from rlhf.training.pretraining import PretrainingMix
 
 SHOW = ("reward/score", "kl/sequence", "policy/clip_fraction", "value/explained_variance")
@@ -91,19 +94,27 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
-        train.remember(running=running, kl=kl)
+        ahead = Ahead(train.rank, train.world_size, train.gather)
+        train.remember(running=running, kl=kl, ahead=ahead)
         followers = Followers(train, config, roles)
         mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
         rollout = config.rollout
-        rollout_sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
-        engine = NativeEngine(train.gathered, roles.stop_ids, roles.pad_id, config.rollout.generation_batch_size, train.note)
+        engine = open_engine(rollout, train, roles.stop_ids, roles.pad_id)
         engine.sync(policy, version=train.step_done)
+        require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
+        recording = Recording(train.run, rollout, train.is_main, train.step_done)
         who = train, config, roles, policy, engine, reward
         collect = Collection(*who, config.ppo.minibatch_size, scorers, held_out)
+
+        def batch_of(step: int) -> tuple[list[PromptExample], list[int]]:
+            """The prompts of an iteration, each as often as it gets replies, and the seeds of these."""
+            asked = [prompts[index] for index in batches[step] for _ in range(rollout.samples_per_prompt)]
+            return asked, row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -112,9 +123,12 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
-            asked = [prompts[index] for index in batches[step] for _ in range(config.rollout.samples_per_prompt)]
-            seeds = row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
-            experience = collect(asked, seeds, rollout_sampling)
+            asked, seeds = batch_of(step)
+            scored = recording.read(step, asked) or collect.replies(asked, seeds, sampling, ahead.take(step))
+            experience = collect.experience(scored, sampling)
+            recording.write(step, experience)
+            if rollout.overlap and step + 1 < batches.length:
+                ahead.begin(engine, step + 1, *batch_of(step + 1), sampling)
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
@@ -156,6 +170,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             followers.follow(step)
+            with train.phase("rollout"):
+                ahead.finish()
             engine.sync(policy, version=step + 1)
             train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def test_readme_commands_run(command, user):
 def test_other_commands_parse(command):
     name, *words = command.split()
     assert parse(name, words).config
+
+
+@pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf (ppo .*)", (ROOT / "docs" / "rollouts.md").read_text(), re.M))
+def test_commands_of_rollouts_parse(command):
+    stage, *words = command.split()
+    config = parse(stage, words).config
+    assert config.rollout.engine == "vllm" or config.rollout.record or config.rollout.replay
+
+
+def test_the_vllm_server_is_started_as_trl_does():
+    """Of what TRL adds to the command, all but the limit on how many log-probabilities may be asked for: one is."""
+    from trl.scripts.vllm_serve import ScriptArguments, build_command
+
+    command = re.search(r"^ {4}VLLM_SERVER_DEV_MODE=1 vllm serve (.*)", (ROOT / "docs" / "rollouts.md").read_text(), re.M)
+    assert command is not None
+    model, *words = shlex.split(command[1])
+    imposed = build_command(ScriptArguments(model=model))
+    imposed = imposed[imposed.index("--weight-transfer-config") :]
+    assert [*words, "--max-logprobs", "-1"] == imposed
 
 
 @pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf (.*)", (ROOT / "docs" / "launching.md").read_text(), re.M))

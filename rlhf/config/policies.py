@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.sections import Checkpoint, Count, Data, Fraction, Optimizer, Place, Positive, Schedule, Section, TextReading
 
@@ -61,6 +62,17 @@ class Roles(PolicyRoles):
 
 
 class Rollout(Section):
+    engine: Literal["native", "hf", "vllm"] = "native"
+    """native: our decoder, on the module that is trained; hf: transformers' `generate` on it; vllm: a vLLM server, which gets
+    the weights after each update (docs/rollouts.md)."""
+    server: str = "http://127.0.0.1:8000"
+    """vllm: address of the server."""
+    overlap: bool = False
+    """vllm: sample the next batch while this one's update runs, by the weights before it; needs ppo.importance_cap."""
+    record: bool = False
+    """Keep the replies, log-probabilities and scores of every iteration in `rollouts/` of the run."""
+    replay: Place | None = None
+    """A run that recorded its rollouts: they are taken instead of sampling and scoring, to look into an update."""
     batch_size: Count = 64
     """Prompts per iteration, over all processes."""
     samples_per_prompt: Count = 1
@@ -75,6 +87,21 @@ class Rollout(Section):
     """Sample from the k likeliest tokens only; 0: from all. Log-probabilities stay those of the full softmax."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with this probability; 1: from all."""
+
+    @field_validator("server")
+    @classmethod
+    def _is_plain_address(cls, server: str) -> str:
+        if not re.fullmatch(r"https?://[^/?#@\s]+/?", server):
+            raise ValueError("not the address of a server; it has the form http://host:port")
+        return server
+
+    @model_validator(mode="after")
+    def _what_a_server_tells(self) -> Rollout:
+        if self.engine == "vllm" and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "top_k must be 0 and top_p 1 with engine `vllm`: its log-probabilities would be of what they leave"
+            )
+        return self
 
 
 class Kl(Section):
@@ -136,6 +163,9 @@ class PolicyUpdate(Section):
     replies of sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of an entropy bonus, in nats a token; more than 0 takes memory for the logits several times."""
+    importance_cap: Annotated[float, Field(ge=1)] | None = None
+    """Weigh a token's policy loss by pi_old / pi_sampled, at most this, where the rollout engine computes otherwise than the
+    update; none: off."""
     target_kl: Positive | None = None
     """Stop an iteration's updates when the mean 0.5 * (log ratio)^2 of a minibatch passes this, in nats; none: never."""
 

@@ -258,6 +258,26 @@ class PolicyStage(Stage):
             )
 
     @model_validator(mode="after")
+    def _engine_goes_with_the_rest(self) -> PolicyStage:
+        on_adapters = isinstance(self.roles, Roles) and self.roles.mode == "adapters"
+        if self.rollout.engine == "vllm" and (on_adapters or self.lora.base != "plain" or self.fp8.recipe != "none"):
+            raise ValueError(
+                "rollout.engine must be `native` or `hf` with roles.mode `adapters`, lora.base `nf4` or an fp8.recipe: a "
+                "server is sent plain weights, and would sample another policy"
+            )
+        corrected = self.rollout.engine == "vllm" and self.update.importance_cap
+        if self.rollout.overlap and (not corrected or self.rollout.replay):
+            raise ValueError(
+                "rollout.overlap needs rollout.engine `vllm`, a server that samples while this process updates, and an "
+                "importance_cap, as its replies are of the weights before; and nothing to overlap is left in a replay"
+            )
+        if self.rollout.record and self.fp8.probe.fallback:
+            raise ValueError("rollout.record must be false with fp8.probe.fallback, which may go on from other rollouts")
+        if self.rollout.replay == self.output:
+            raise ValueError("rollout.replay must be another run than output")
+        return self
+
+    @model_validator(mode="after")
     def _starts_at_one(self) -> PolicyStage:
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0 here: the ratio of the first minibatch has to be exactly 1")
@@ -315,8 +335,11 @@ class GrpoConfig(PolicyStage):
             )
         if self.grpo.estimator != "grpo" and self.grpo.scale != "group":
             raise ValueError(f"grpo.scale has no meaning with grpo.estimator `{self.grpo.estimator}`, only with `grpo`")
-        if alone and self.grpo.resample:
-            raise ValueError("grpo.resample must be 0 with rollout.samples_per_prompt 1: one reply has no variance")
+        if self.grpo.resample and (alone or self.rollout.overlap or self.rollout.replay):
+            raise ValueError(
+                "grpo.resample must be 0 with rollout.samples_per_prompt 1, as one reply has no variance, and with "
+                "rollout.overlap or rollout.replay, whose prompts are chosen before"
+            )
         return self
 
 
@@ -340,5 +363,7 @@ SHORT_FLAGS = {
     "data.file": "data",
     "data.json_key": "json_key",
     "report.profile": "profile",
+    "rollout.record": "record",
+    "rollout.replay": "replay",
 }
 """A config field -> the flag that is short for it, for the commands that have the field."""

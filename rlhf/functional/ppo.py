@@ -54,7 +54,7 @@ def policy_loss(
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
     log_ratio, ratio = log_ratio.detach(), ratio.detach()
-    return _weighed_sum(loss, weights), {
+    return _weighed_sum(loss, weights, mask), {
         "approx_kl": 0.5 * log_ratio.square().sum(),
         "clip_fraction": masked_sum(((ratio < low) | (ratio > high)).to(ratio), mask),
         "ratio": masked_sum(ratio, mask),
@@ -83,7 +83,7 @@ def value_loss(
     clipped_error_sq = (old_values + move.clamp(-limit, limit) - returns).square()
     loss = 0.5 * torch.maximum(error_sq, clipped_error_sq)
     moved = move.detach().abs()
-    return _weighed_sum(loss, weights), {
+    return _weighed_sum(loss, weights, mask), {
         "clip_fraction": (moved > limit).sum(),
         "error_sq": error_sq.detach().sum(),
         "max_abs_change": moved.max(),
@@ -114,5 +114,5 @@ def _of_reply(log_ratio: Tensor, mask: Tensor, ratio_of: RatioOf) -> Tensor:
     return zero_outside(total.expand_as(log_ratio), mask)
 
 
-def _weighed_sum(loss: Tensor, weights: Tensor | None) -> Tensor:
-    return (loss if weights is None else loss * weights).sum()
+def _weighed_sum(loss: Tensor, weights: Tensor | None, mask: Tensor) -> Tensor:
+    return (loss if weights is None else loss * zero_outside(weights, mask)).sum()

@@ -101,13 +101,14 @@ def critic_of(policy: ActorCritic) -> nn.Module:
     with torch.device("meta"):
         scalar = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     prefix = f"{actor.base_model_prefix}."
-    weights = {name: tensor for name, tensor in _plain_weights(policy.actor).items() if name.startswith(prefix)}
+    weights = {name: tensor for name, tensor in plain_weights(policy.actor).items() if name.startswith(prefix)}
     weights |= {f"{HEAD}.{name}": tensor for name, tensor in policy.value_head.state_dict().items()}
     scalar.load_state_dict(weights, assign=True)
     return scalar
 
 
-def _plain_weights(actor: nn.Module) -> dict[str, torch.Tensor]:
+def plain_weights(actor: nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of the Hugging Face model, a LoRA adapter merged; the actor stays as it is."""
     if not hasattr(actor, "peft_config"):
         return actor.state_dict()
     from rlhf.models.lora import folded_weights  # imports peft

@@ -1,7 +1,8 @@
 """Engines turn prompts into replies. An engine knows no reward, no reference and no trainer.
 
 `sync` hands it weights and their version, `generate` samples from them; scoring is a separate step over `Samples`
-(experience.py), so engines are interchangeable. Left out: engines other than the native one.
+(scoring.py), so engines are interchangeable. The native one is here; hf_engine.py has transformers' `generate`,
+vllm_engine.py a vLLM server.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rlhf.config.policies import Rollout
 from rlhf.models.actor_critic import unwrapped
 from rlhf.rollout.cache import why_in_batches
 from rlhf.rollout.decoding import Reply, complete
@@ -54,9 +56,46 @@ class Samples:
 
 
 class Engine(Protocol):
+    """All ranks call `sync` and `generate` together, each with prompts of its own."""
+
     def sync(self, weights: nn.Module, version: int) -> None: ...
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, row_seeds: Sequence[int]) -> Samples: ...
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, row_seeds: Sequence[int]) -> Samples:
+        """One reply to each prompt, in the order given."""
+        ...
+
+
+class Run(Protocol):
+    """What an engine needs of the run that it samples for."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def gathered(self, model: nn.Module) -> AbstractContextManager[Any]: ...
+
+    def wait_for_main(self) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def open_engine(config: Rollout, run: Run, stop_ids: Sequence[int], pad_id: int) -> Engine:
+    """The engine that `rollout.engine` names.
+
+    Raises:
+        ConfigError: what vLLM needs is not here, or its server does not answer.
+    """
+    if config.engine == "vllm":
+        from rlhf.rollout.vllm_engine import VllmEngine, connected  # imports TRL, and with it vLLM
+
+        return VllmEngine(connected(config.server, run), run, stop_ids, config.generation_batch_size)
+    if config.engine == "hf":
+        from rlhf.rollout.hf_engine import HfEngine  # needs `Samples` of this file
+
+        return HfEngine(run.gathered, stop_ids, pad_id, config.generation_batch_size)
+    return NativeEngine(run.gathered, stop_ids, pad_id, config.generation_batch_size, run.note)
 
 
 class NativeEngine:
@@ -76,7 +115,6 @@ class NativeEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, row_seeds: Sequence[int]) -> Samples:
-        """One reply to each prompt, in the order given."""
         assert self.weights is not None, "sync comes before generate"
         replies = [Reply(prompt, seed) for prompt, seed in zip(prompts, row_seeds, strict=True)]
         with self.gather(self.weights) as policy:

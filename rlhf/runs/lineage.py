@@ -35,6 +35,7 @@ INPUT_FIELDS = {
     "data.eval": "data.eval",
     "data.ptx": "ptx.file",
     "data.reference": "data.reference",
+    "replay": "rollout.replay",
 }
 """Input name -> config field, for the stages that have it."""
 
@@ -43,11 +44,13 @@ SCORERS = "eval.scorers"
 
 # Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
 OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
+KEPT_FIELDS = ("rollout.record",)
+"""The same, in a section of other things: a run may go on with its rollouts kept."""
 
 # Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
 
-WRITTEN = ("model", "critic", "ema", "checkpoints", "metrics.jsonl", "samples.jsonl", "profile")
+WRITTEN = ("model", "critic", "ema", "checkpoints", "rollouts", "metrics.jsonl", "samples.jsonl", "profile")
 """What a run writes, and so replaces, in its directory."""
 
 MACHINE = ("world_size", "threads", "engine", "device")
@@ -90,7 +93,7 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
             continue
         run = run_of(spec)
         if run is not None:
-            _verify(run, name, Path(spec), reader=stage)
+            _verify(run, name, _place(name, spec), reader=stage)
         parent = manifest_digest(run) if run is not None else None
         inputs[name] = {"path": _portable(spec, config.output), "digest": digest, "parent": parent}
     return inputs
@@ -103,7 +106,7 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     config = {
         field: value
         for field, value in _flat(manifest["config"]).items()
-        if field.split(".")[0] not in OUTPUT_FIELDS and field not in WAITING_FIELDS and field not in told_by_content
+        if field.split(".")[0] not in OUTPUT_FIELDS and field not in KEPT_FIELDS + WAITING_FIELDS + tuple(told_by_content)
     }
     contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
     machine = {name: manifest[name] for name in MACHINE}
@@ -206,6 +209,8 @@ def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
     if name.startswith("data."):
         return _digest_of_file(Path(spec), f"{name}: ")
+    if name == "replay":
+        return tree_digest(_place(name, spec))
     if _is_no_model(name, spec):
         file, _, function = spec.rpartition(":")
         if is_service(spec) or spec.startswith("count:") or not file.endswith(".py"):
@@ -220,7 +225,12 @@ def _digest(name: str, spec: str) -> str | None:
 
 
 def _is_no_model(name: str, spec: str) -> bool:
-    return name.startswith(("data.", SCORERS)) or (name == "reward" and ":" in spec)
+    return name.startswith(("data.", "replay", SCORERS)) or (name == "reward" and ":" in spec)
+
+
+def _place(name: str, spec: str) -> Path:
+    """Of a run that is replayed, its rollouts are read and nothing else."""
+    return Path(spec) / "rollouts" if name == "replay" else Path(spec)
 
 
 def _digest_of_file(path: Path, field: str) -> str:

@@ -15,7 +15,7 @@ from rlhf.config.schema import PolicyStage
 from rlhf.data.examples import PromptExample
 from rlhf.data.order import row_seeds
 from rlhf.models.roles import Roles
-from rlhf.rollout.engines import Engine
+from rlhf.rollout.engines import Engine, Samples
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
 from rlhf.rollout.rewards import Reader, RewardSource
@@ -45,13 +45,18 @@ class Collection:
         """A reply to each prompt, scored, with what the policies think of it."""
         return self.experience(self.replies(asked, seeds, sampling), sampling)
 
-    def replies(self, asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Scored:
-        """A reply to each prompt, in the order given, and its score."""
+    def replies(
+        self, asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling, known: Samples | None = None
+    ) -> Scored:
+        """A reply to each prompt, sampled or `known` already, in the order given, and its score."""
         train, mine = self.train, self._rows_here(len(asked))
         drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
         with train.phase("rollout"):
-            prompts, own_seeds = [asked[row].ids for row in drawn], [seeds[row] for row in drawn]
-            samples = self.engine.generate(prompts, sampling, own_seeds)
+            if known is None:
+                prompts, own_seeds = [asked[row].ids for row in drawn], [seeds[row] for row in drawn]
+                samples = self.engine.generate(prompts, sampling, own_seeds)
+            else:
+                samples = known.rows(drawn)
         with train.phase("score"):
             scored = Scored(samples, self.reward(samples, [asked[row].text for row in drawn]))
         return join(*self._of_all(mine, scored))

