@@ -179,6 +179,8 @@ class PpoConfig(Stage):
                 f"ppo.minibatch_size {self.ppo.minibatch_size} does not divide the {replies} replies of an iteration: the last "
                 f"optimizer step of each epoch would follow {left} replies alone; the nearest that do are {below} and {above}"
             )
+        if len(self.reward.models) > 1 and self.roles.critic is None and self.roles.mode != "shared":
+            raise ValueError("roles.critic must be given with several reward models: one of them, or `zero`")
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0 in PPO: the ratio of the first minibatch has to be exactly 1")
         if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):
