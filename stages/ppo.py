@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
 
 Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
-        reward) or a function or service as reward; rows of prompts.
+        reward) or other sources of reward, one or several; rows of prompts.
 Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
@@ -21,7 +21,7 @@ Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -41,8 +41,8 @@ from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.functions import FunctionProcess
-from rlhf.rollout.rewards import open_reader, open_reward
+from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
+from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import score
 from rlhf.rollout.watched import found_again, watched
@@ -67,8 +67,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
-        reader = open_reader(config.reward)
-        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
+        readers = open_readers(config.reward, config.data)
+        scorers = open_scorers(config.eval.scorers, config.reward, config.data)
         roles = open_ppo(config)
         for note in roles.notes:
             train.note(note)
@@ -76,17 +76,18 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         pad_id = roles.pad_id
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        def read(path: str) -> list[PromptExample]:
-            prompts = train.read(path, prompt_examples(path, config.data, template), "prompts")
+        def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
+            columns = columns_asked(config.reward, readers)
+            prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
             longest = max(map(len, prompts)) + config.rollout.max_new_tokens
             roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
             return prompts
 
-        prompts = read(config.data.train)
-        held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
+        prompts = read(config.data.train, readers.values())
+        held_out = read(config.data.eval, [*readers.values(), *scorers])[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         train.remember(running=running, kl=kl)
@@ -105,13 +106,13 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             micros = scoring_micro_batches(*sizes, train.rank, train.world_size)
             mine = [row for micro in micros if micro.weight for row in micro.items]
             drawn = mine or [0]  # fewer replies than ranks: a stand-in keeps this rank in step, and is dropped below
+            given, local = [asked[row] for row in drawn], {row: index for index, row in enumerate(drawn)}
             with train.phase("rollout"):
-                samples = engine.generate([asked[row].ids for row in drawn], sampling, [seeds[row] for row in drawn])
+                samples = engine.generate([prompt.ids for prompt in given], sampling, [seeds[row] for row in drawn])
             with train.phase("score"):
-                texts, local = [asked[row].text for row in drawn], {row: index for index, row in enumerate(drawn)}
                 places = [MicroBatch([local.get(row, 0) for row in micro.items], micro.weight) for micro in micros]
                 temperature = sampling.temperature or 1.0  # greedy evaluation is scored as the policy itself
-                scored = score(samples, texts, places, policy, roles.reference, reward, temperature, pad_id)
+                scored = score(samples, given, places, policy, roles.reference, reward, temperature, pad_id)
             parts = [part for part in train.gather((mine, scored)) if part[0]]
             return concatenate([part for _, part in parts], [row for rows, _ in parts for row in rows])
 
@@ -119,8 +120,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             asked = held_out * config.eval.samples_per_prompt
             sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
             experience = collect(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
-            texts = [prompt.text for prompt in asked]
-            metrics, samples = evaluate(experience, texts, scorers, roles.tokenizer, config.report.samples)
+            metrics, samples = evaluate(experience, asked, scorers, roles.tokenizer, config.report.samples)
             recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
             return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 
@@ -138,8 +138,10 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
             train.stats.put(stats)
-            find = partial(found_again, experience, asked, roles.tokenizer, config.reward.source)
+            find = partial(found_again, experience, asked, roles.tokenizer, config.reward)
             usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
+            if not experience.scored.any():
+                train.note(f"step {step + 1}: no reply has a score; the update is left out")
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 if fp8_is_on(roles.policy):
@@ -153,7 +155,9 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
             with train.phase("update"):
                 for count, minibatch in enumerate(minibatches(*sizes, train.seed("update", step)) if usable else ()):
-                    tokens, stats_here = int(experience.mask[minibatch].sum()), Stats()
+                    tokens, stats_here = int(experience.learned[minibatch].sum()), Stats()
+                    if not tokens:  # none of its replies has a score
+                        continue
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
                         stats_of = stats_here if micro.weight else Stats()
                         loss = ppo_loss(policy, experience.rows(micro.items), config, train.device, stats_of, warming_up)
@@ -198,11 +202,11 @@ def ppo_loss(
     assert part.advantages is not None
     assert part.returns is not None
     logprobs, values = part.spread(output.logprobs), part.spread(output.values)
-    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.ppo.clip)
-    of_value, value_stats = value_loss(values, part.values, part.returns, part.mask, config.ppo.value_clip)
+    of_policy, policy_stats = policy_loss(logprobs, part.logprobs, part.advantages, part.learned, config.ppo.clip)
+    of_value, value_stats = value_loss(values, part.values, part.returns, part.learned, config.ppo.value_clip)
     for name, loss, of_loss in (("policy", of_policy, policy_stats), ("value", of_value, value_stats)):
         of_loss = {f"{name}/{key}": value for key, value in (of_loss | {"loss": loss.detach()}).items()}
-        stats.add_all(of_loss, part.mask.sum())
+        stats.add_all(of_loss, part.learned.sum())
     # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.
     return (0.0 if warming_up else 1.0) * of_policy + config.ppo.value_coef * of_value
 

@@ -75,7 +75,7 @@ class Reward(RewardSource):
     """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), `verify:exact`, `verify:numeric` or
     `verify:regex` (1 where the reply is, ends in or holds the row's answer, else 0), a Python function: `module:function` or
     `file.py:function`, called with the arguments it names; or a service: `https://...` (docs/rewards.md)."""
-    sources: dict[str, RewardSource] = {}
+    sources: dict[str, RewardSource] = Field(default_factory=dict)
     """In place of `source`: several, by names of your own, which their metrics bear (`reward/NAME`)."""
     combine: Literal["sum", "mean", "min", "mean_minus_std"] = "sum"
     """What becomes of the weighted scores of several sources; the last three are for an ensemble of reward models."""

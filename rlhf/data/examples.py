@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from rlhf.config.sections import Reading, TextReading
@@ -106,9 +108,12 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
     return _done(path, examples, rows, limit.notes() + dropped)
 
 
-def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
+def prompt_examples(
+    path: str, config: Reading, template: Template, asked: Mapping[str, str] = MappingProxyType({})
+) -> Examples[PromptExample]:
+    """`asked`: columns that go along with the prompts, and who asks for them."""
     limit = _LengthLimit(config.max_length, config.too_long)
-    rows = _read(path, "prompt", config)
+    rows = _read(path, "prompt", config, asked=asked)
     examples = []
     for index, row in enumerate(rows.rows):
         ids = template.prompt(row.fields["prompt"], row.where)
@@ -147,13 +152,16 @@ def _shorten(pair: PairExample, limit: int) -> PairExample:
     return replace(pair, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
-def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:
+def _read(
+    path: str, kind: Kind, config: Reading, json_key: str | None = None, asked: Mapping[str, str] = MappingProxyType({})
+) -> Rows:
     return read_rows(
         path,
         kind,
         columns=config.columns,
         json_key=json_key,
         extra_columns=config.extra_columns,
+        asked=asked,
         on_error=config.on_error,
         max_skip_fraction=config.max_skip_fraction,
         max_line_bytes=config.max_line_bytes,

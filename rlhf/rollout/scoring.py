@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rlhf.data.examples import PromptExample
 from rlhf.models.roles import Reference
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience, reply_tensors
-from rlhf.rollout.rewards import RewardSource
+from rlhf.rollout.rewards import CombinedReward
 
 
 @torch.no_grad()
 def score(
     samples: Samples,
-    texts: Sequence[str],
+    asked: Sequence[PromptExample],
     micro_batches: Sequence[tuple[Sequence[int], float]],
     policy: nn.Module,
     reference: Reference | None,
-    reward: RewardSource,
+    reward: CombinedReward,
     temperature: float,
     pad_id: int,
 ) -> Experience:
@@ -31,7 +32,7 @@ def score(
     that only other ranks have: it is computed along with them.
     """
     tokens, mask, sampled = reply_tensors(samples, pad_id)
-    device = next(policy.parameters()).device
+    device, scored = next(policy.parameters()).device, reward(samples, asked)
     experience = Experience(
         prompts=samples.prompts,
         tokens=tokens,
@@ -41,7 +42,9 @@ def score(
         logprobs=_blank(policy, mask),
         values=_blank(policy, mask),
         reference_logprobs=None if reference is None else _blank(policy, mask),
-        scores=reward(samples, texts),
+        scores=scored.scores,
+        kept=scored.kept,
+        components=scored.components,
     )
     for rows, weight in micro_batches:
         part = experience.rows(rows)

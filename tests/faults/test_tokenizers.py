@@ -52,7 +52,6 @@ def cut_rows(model: Path) -> None:
 
 
 REFUSED = {
-    "the reward model reads other words": ("reward", swap_words, "the tokenizer of the reward model"),
     "the critic has a token more": ("critic", add_token, "the tokenizer of the critic"),
     "the reference pads with another token": ("reference", pad_is_eos, "the tokenizer of the reference"),
     "the reference has a chat template": ("reference", other_template, "the template of the reference"),
