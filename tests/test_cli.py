@@ -22,9 +22,9 @@ def test_help_is_one_screen_of_commands_that_exist(capsys: pytest.CaptureFixture
     lines = text.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 120
-    examples = re.findall(r"  rlhf (\w+)", text)
+    examples = re.findall(r"  rlhf ([\w-]+)", text)
     stages = {"run", "sft", "rm", "ppo"}
-    assert set(examples) == stages | {"generate", "eval", "show", "convert", "vocab", "fp8", "path", "copy"}
+    assert set(examples) == stages | {"generate", "eval", "serve-reward", "show", "convert", "vocab", "fp8", "path", "copy"}
 
 
 @pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|ppo) --config .*)", cli.HELP))

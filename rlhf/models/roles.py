@@ -114,7 +114,7 @@ class Roles:
 
     def check_context(self, longest: int, field: str) -> None:
         """Raises DataError where a row of `longest` tokens has more positions than the model."""
-        there = _positions(self.policy)
+        there = positions(self.policy)
         if there and longest > there:
             raise DataError(f"the longest row takes {longest} positions, the model has {there}: lower {field}")
 
@@ -241,7 +241,7 @@ def critic_source(config: PpoConfig) -> str:
 
 def _reward_model(roles: Roles, spec: str, model: ActorCritic, role: str, config: PpoConfig) -> RewardModel:
     """With a template of its own, which is told, where it would read the actor's tokens as others."""
-    reward = RewardModel(model, role, _positions(model))
+    reward = RewardModel(model, role, positions(model))
     tokenizer = load_tokenizer(spec, config.trust_remote_code)
     if other := other_part(roles.tokenizer, tokenizer):
         reward.template = own_template(spec, tokenizer)
@@ -324,7 +324,8 @@ def _roles(source: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     return Roles(policy, tokenizer, generation)
 
 
-def _positions(model: ActorCritic) -> int | None:
+def positions(model: ActorCritic) -> int | None:
+    """Tokens that its longest row may have; None: as many as one likes."""
     inner = unwrapped(model.actor or model.critic)  # pyright: ignore[reportArgumentType]
     return getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
 

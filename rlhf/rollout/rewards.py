@@ -99,7 +99,9 @@ class CombinedReward:
 
 
 class ModelReward:
-    def __init__(self, name: str, model: RewardModel, micro_batch_size: int, most: Callable[[int], int]) -> None:
+    def __init__(
+        self, name: str, model: RewardModel, micro_batch_size: int, most: Callable[[int], int] = lambda count: count
+    ) -> None:
         self.name, self.model, self.micro_batch_size, self.most = name, model, micro_batch_size, most
 
     def __call__(self, replies: Replies) -> list[float]:

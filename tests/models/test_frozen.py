@@ -64,7 +64,11 @@ def places(model: nn.Module) -> dict[str, int]:
 
 def of_roles(roles: Roles) -> dict[str, nn.Module]:
     assert roles.reference is not None
-    return {"reference": roles.reference.model.actor, "critic": roles.policy.critic, "reward": roles.rewards["reward"].model.critic}  # pyright: ignore
+    return {
+        "reference": roles.reference.model.actor,
+        "critic": roles.policy.critic,
+        "reward": roles.rewards["reward"].model.critic,
+    }  # pyright: ignore
 
 
 def test_frozen_layers_are_in_memory_once(sources):
