@@ -37,6 +37,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   eval MODEL       loss, or accuracy, on held-out rows     rlhf eval runs/sft --data chats.jsonl --precision both
   show RUN         what a run was made from                rlhf show runs/ppo
   convert SRC DST  a checkpoint into another format        rlhf convert megatron/ model/ --to hf --verify
+  serve-reward RM  a reward model as a service             rlhf serve-reward runs/rm --port 8000
   vocab expand     new pieces for tokenizer and model      rlhf vocab expand MODEL DST --tokens FILE
   fp8 ACTION       what FP8 does to your model             rlhf fp8 inspect MODEL --data chats.jsonl
   path STAGE       where a stage's recipe is               rlhf path ppo
@@ -69,6 +70,14 @@ rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--refer
   --to bf16 and --to fp8 change the precision of a Hugging Face directory: E4M3 with a factor for each 128 x 128 block.
   --shard-gb N              size of a safetensors file (default: 5)
   --dry-run prints every tensor, its target and the operation, and touches nothing; --verify compares logits (exit 1)."""
+
+
+SERVE_USAGE = """\
+rlhf serve-reward MODEL [--host ADDRESS] [--port N] [--batch-size N] [--template auto|chat|plain] [--trust-remote-code]
+
+  Answers POST {"prompts": [...], "responses": [...]} with {"scores": [...]} (docs/rewards.md). MODEL is any reward model.
+  A run on this machine asks it with --reward http://127.0.0.1:8000 --reward.allow_private true. Requests must bear the token
+  RLHF_REWARD_TOKEN, where that is set; without one, only this machine can ask. --port 0: any that is free."""
 
 
 VOCAB_USAGE = """\
@@ -114,6 +123,7 @@ def _dispatch(argv: list[str]) -> int:
         "eval": _eval,
         "show": _show,
         "convert": _convert,
+        "serve-reward": _serve_reward,
         "vocab": _vocab,
         "fp8": _fp8,
         "path": _path,
@@ -301,6 +311,23 @@ def _merge(adapter: Path, given: argparse.Namespace) -> int:
         outcome = "would be merged" if given.dry_run else "merged"
         print(f"convert  the adapter {adapter}, {outcome} into its base: {given.destination}")
     return 0
+
+
+def _serve_reward(argv: list[str]) -> int:
+    parser = Parser(SERVE_USAGE)
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--template", choices=("auto", "chat", "plain"), default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    given = parser.parse_args(argv)
+    if not 0 <= given.port < 1 << 16:
+        raise UsageError(f"--port {given.port}: expected 0 to 65535")
+
+    from rlhf.training.serve_command import serve
+
+    return serve(**vars(given))
 
 
 def _vocab(argv: list[str]) -> int:

@@ -21,6 +21,7 @@ Estimators, conventions and where TRL differs: docs/grpo.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -32,18 +33,17 @@ from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import Batches, minibatches, row_seeds
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
-from rlhf.functional.advantages import same_scores
 from rlhf.functional.kl import controller
-from rlhf.models.roles import open_grpo, reward_model_of
+from rlhf.models.roles import open_grpo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit_without_critic
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
 from rlhf.rollout.recording import Recording
-from rlhf.rollout.rewards import open_reader, open_reward
+from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import in_places_of
 from rlhf.rollout.watched import found_again, watched
@@ -65,26 +65,27 @@ def main(invocation: Invocation) -> None:
     rollout, grpo = config.rollout, config.grpo
     with open_training("grpo", config, invocation.resume) as train:
         # -- who takes part ------------------------------------------------------------------------------------------
-        if config.reward.gate and (said := reward_gate(reward_model_of(config))):
-            train.note(said)
-        reader = open_reader(config.reward)
-        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
+        for note in reward_gate(config.reward):
+            train.note(note)
+        readers = open_readers(config.reward, config.data)
+        scorers = open_scorers(config.eval.scorers, config.reward, config.data)
         roles = open_grpo(config)
         for note in roles.notes:
             train.note(note)
         train.record_tokenizer(roles.tokenizer)
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        def read(path: str) -> list[PromptExample]:
-            prompts = train.read(path, prompt_examples(path, config.data, template), "prompts")
+        def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
+            columns = columns_asked(config.reward, readers)
+            prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
             roles.check_context(max(map(len, prompts)) + rollout.max_new_tokens, "data.max_length or rollout.max_new_tokens")
             return prompts
 
-        prompts = read(config.data.train)
-        held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
+        prompts = read(config.data.train, readers.values())
+        held_out = read(config.data.eval, [*readers.values(), *scorers])[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
@@ -120,7 +121,7 @@ def main(invocation: Invocation) -> None:
             rows, seeds = rows_of(asked, "rollout", step)
             scored = recording.read(step, rows) or collect.replies(rows, seeds, sampling, ahead.take(step))
             for number in range(grpo.resample):
-                places = same_scores(scored.scores.view(-1, rollout.samples_per_prompt)).nonzero().flatten().tolist()
+                places = scored.same(rollout.samples_per_prompt)
                 if not places:
                     break
                 drawn = [prompts[index] for index in others[step * grpo.resample + number]][: len(places)]
@@ -139,8 +140,10 @@ def main(invocation: Invocation) -> None:
             experience, stats = credit_without_critic(experience, config, kl.coef, running, greedy)
             train.stats.put(stats)
             each = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
-            find = partial(found_again, experience, each, roles.tokenizer, config.reward.source)
+            find = partial(found_again, experience, each, roles.tokenizer, config.reward)
             usable = train.non_finite.allows(watched(experience), find, grpo.minibatch_size)
+            if not experience.scored.any():
+                train.note(f"step {step + 1}: no reply has a score; the update is left out")
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 if fp8_is_on(roles.policy):
@@ -152,6 +155,8 @@ def main(invocation: Invocation) -> None:
                 for count, minibatch in enumerate(plan if usable else ()):
                     experience = experience.weighed(minibatch, grpo.aggregation, rollout.max_new_tokens)
                     stats_here = Stats()
+                    if not experience.learned[minibatch].any():  # none of its replies has a score
+                        continue
                     mix.backward(policy, step * len(plan) + count)
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
                         part, stats_of = experience.rows(micro.items).to(train.device), stats_here if micro.weight else Stats()

@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/launch/ddp.yaml stages/ppo.py --config configs/ppo.yaml
 
 Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty), the RM run twice (the critic; frozen, the
-        reward) or a function or service as reward; rows of prompts.
+        reward) or other sources of reward, one or several; rows of prompts.
 Writes  model/  critic/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
@@ -21,6 +21,7 @@ Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -33,16 +34,16 @@ from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
 from rlhf.functional.ppo import value_loss
-from rlhf.models.roles import open_ppo, reward_model_of
+from rlhf.models.roles import open_ppo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.functions import FunctionProcess
+from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
 from rlhf.rollout.recording import Recording
-from rlhf.rollout.rewards import open_reader, open_reward
+from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
@@ -71,27 +72,28 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
     """Trains. `probe` is called once, between credit and update of the first iteration, with all that takes part."""
     with open_training("ppo", config, resume) as train:
         # -- who takes part: whether roles share weights is not this page's business ---------------------------------
-        if config.reward.gate and (said := reward_gate(reward_model_of(config))):
-            train.note(said)
-        reader = open_reader(config.reward)
-        scorers = [FunctionProcess(scorer, config.reward.timeout_s, config.reward.retries) for scorer in config.eval.scorers]
+        for note in reward_gate(config.reward):
+            train.note(note)
+        readers = open_readers(config.reward, config.data)
+        scorers = open_scorers(config.eval.scorers, config.reward, config.data)
         roles = open_ppo(config)
         for note in roles.notes:
             train.note(note)
         train.record_tokenizer(roles.tokenizer)
         for frozen in roles.frozen:
             roles.prepared(frozen, train.prepare_frozen(frozen))
-        reward = open_reward(config.reward.source, reader, roles.reward, roles.tokenizer, config.micro_batch_size, train.most)
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+        reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        def read(path: str) -> list[PromptExample]:
-            prompts = train.read(path, prompt_examples(path, config.data, template), "prompts")
+        def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
+            columns = columns_asked(config.reward, readers)
+            prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
             longest = max(map(len, prompts)) + config.rollout.max_new_tokens
             roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
             return prompts
 
-        prompts = read(config.data.train)
-        held_out = read(config.data.eval)[: config.data.eval_limit] if config.data.eval else []
+        prompts = read(config.data.train, readers.values())
+        held_out = read(config.data.eval, [*readers.values(), *scorers])[: config.data.eval_limit] if config.data.eval else []
 
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
@@ -133,8 +135,10 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)
             train.stats.put(stats)
-            find = partial(found_again, experience, asked, roles.tokenizer, config.reward.source)
+            find = partial(found_again, experience, asked, roles.tokenizer, config.reward)
             usable = train.non_finite.allows(watched(experience), find, config.ppo.minibatch_size)
+            if not experience.scored.any():
+                train.note(f"step {step + 1}: no reply has a score; the update is left out")
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
                 invariants.whitening(checks, experience, config)
@@ -152,6 +156,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                 for count, minibatch in enumerate(plan):
                     experience = experience.weighed(minibatch, config.ppo.aggregation, rollout.max_new_tokens)
                     stats_here = Stats()
+                    if not experience.learned[minibatch].any():  # none of its replies has a score
+                        continue
                     if not warming_up:
                         mix.backward(policy, step * len(plan) + count)
                     for micro in train.accumulate(minibatch, config.micro_batch_size):
@@ -197,9 +203,9 @@ def ppo_loss(
     assert part.values is not None
     assert part.returns is not None
     assert part.weights is not None
-    states = part.spread(output.values), part.values, part.returns, part.mask
+    states = part.spread(output.values), part.values, part.returns, part.learned
     of_value, told = value_loss(*states, config.ppo.value_clip, part.weights)
-    stats.add_all({f"value/{name}": value for name, value in told.items()}, part.mask.sum())
+    stats.add_all({f"value/{name}": value for name, value in told.items()}, part.learned.sum())
     stats.add("value/loss", of_value.detach(), part.weights.sum())
     # A critic warm-up keeps the policy in the graph: every weight takes part in every backward, whatever the engine.
     return (0.0 if warming_up else 1.0) * of_policy + config.ppo.value_coef * of_value

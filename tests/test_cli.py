@@ -22,12 +22,12 @@ def test_help_is_one_screen_of_commands_that_exist(capsys: pytest.CaptureFixture
     lines = text.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 120
-    examples = re.findall(r"  rlhf (\w+)", text)
+    examples = re.findall(r"  rlhf ([\w-]+)", text)
     stages = {"run", "sft", "rm", "dpo", "kto", "ppo", "grpo"}
-    assert set(examples) == stages | {"generate", "eval", "show", "convert", "vocab", "fp8", "path", "copy"}
+    assert set(examples) == stages | {"generate", "eval", "serve-reward", "show", "convert", "vocab", "fp8", "path", "copy"}
 
 
-@pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|dpo|kto|ppo) --config .*)", cli.HELP))
+@pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|dpo|kto|ppo|grpo) --config .*)", cli.HELP))
 def test_the_examples_in_the_help_parse(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*example.split(), "--dry-run"]) == 0
     assert "would write:" in capsys.readouterr().out

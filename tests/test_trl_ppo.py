@@ -27,6 +27,7 @@ from rlhf.models.load import Loading, load_actor, load_scalar
 from rlhf.models.roles import Reference
 from rlhf.report.stats import Stats
 from rlhf.rollout.engines import Samples
+from rlhf.rollout.rewards import Scores
 from rlhf.rollout.scoring import Scored, score
 from rlhf.training.losses import actor_loss
 from rlhf.training.tiny import write_tiny_model
@@ -61,7 +62,15 @@ def test_two_updates(tmp_path):
         scores = policy(rows, roles=("critic",)).values
     samples = Samples(prompts, replies, [[0.0] * REPLY] * ROWS, [False] * ROWS, 0)
     everything = [(range(ROWS), 1.0)]
-    experience = score(Scored(samples, scores), everything, policy, True, reference, TEMPERATURE, 0)
+    experience = score(
+        Scored(samples, Scores(scores, torch.ones(ROWS, dtype=torch.bool), {})),
+        everything,
+        policy,
+        True,
+        reference,
+        TEMPERATURE,
+        0,
+    )
     mask, values = experience.mask, experience.values
     rewards = token_rewards(scores, experience.logprobs, experience.reference_logprobs, mask, KL)
     advantages, returns = gae(rewards, values, mask, GAMMA, LAM)

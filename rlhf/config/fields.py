@@ -45,6 +45,11 @@ class Field:
     description: str = ""
 
     @property
+    def named_sections(self) -> type[Section] | None:
+        """What hangs from the names of a mapping, where that is sections."""
+        return self.item.section if self.item and self.form == "mapping" else None
+
+    @property
     def expected(self) -> str:
         """The values it takes, in words: `a number, above 0, or none`."""
         return self._kind + (", or none" if self.nullable else "")
@@ -141,7 +146,10 @@ def dotted(path: Path) -> str:
 
 
 def canonical(section: type[Section], flag: str) -> Path:
-    """The field a flag means: short flags written out, dashes read as underscores, the keys of a mapping left alone."""
+    """The field a flag means: short flags written out, dashes read as underscores, the keys of a mapping left alone.
+
+    A key of a mapping may have dots in it, but not where sections hang from the keys.
+    """
     short = flag.replace("-", "_")
     for long, its_short in SHORT_FLAGS.items():
         if its_short == short and long in leaves(section):
@@ -150,9 +158,9 @@ def canonical(section: type[Section], flag: str) -> Path:
     parts = flag.split(".")
     for index, part in enumerate(parts):
         field = at(section, path)
-        if field and field.form == "mapping":
+        if field and field.form == "mapping" and not field.named_sections:
             return (*path, ".".join(parts[index:]))
-        path = (*path, part.replace("-", "_"))
+        path = (*path, part if field and field.named_sections else part.replace("-", "_"))
     return path
 
 

@@ -140,7 +140,10 @@ def _put_flags(
             near = fields.suggestion(cls, path, other_flags)
             mistakes.append(Mistake(place, flag, f"unknown flag; {near}"))
         elif field.section or field.form == "mapping":
-            below = ", ".join(f"--{name}.{key}" for key in (field.section.model_fields if field.section else ["NAME"]))
+            inner = field.named_sections
+            keys = field.section.model_fields if field.section else ["NAME"]
+            keys = [f"NAME.{key}" for key in inner.model_fields] if inner else keys
+            below = ", ".join(f"--{name}.{key}" for key in keys)
             mistakes.append(Mistake(place, flag, f"names a section; give one of its fields: {below}"))
         elif path in seen:
             mistakes.append(Mistake(place, name, f"given twice, first as --{seen[path]}; keep one"))
@@ -219,13 +222,13 @@ def _explain(cls: type[Section], root: tree.Mapping, error: ValidationError) -> 
 
 
 def _missing(cls: type[Section], path: fields.Path, field: Field | None, section: tree.Node) -> Iterator[Mistake]:
-    """A required section that is missing altogether is missing each of its required fields."""
+    """A required section that is missing altogether is missing each of its required fields, or the first, if none is."""
     names = fields.leaves(field.section, f"{dotted(path)}.") if field and field.section else {dotted(path): field}
-    for name, leaf in names.items():
-        if leaf and leaf.required:
-            here = "" if section.place is COMMAND_LINE else "add it here or "
-            fix = f"{here}give {fields.flag_for(name)}"
-            yield Mistake(section.place, name, f"missing ({leaf.description.rstrip('.')}); {fix}")
+    required = [(name, leaf) for name, leaf in names.items() if leaf and leaf.required]
+    for name, leaf in required or list(names.items())[:1]:
+        here = "" if section.place is COMMAND_LINE else "add it here or "
+        fix = f"{here}give {fields.flag_for(name)}"
+        yield Mistake(section.place, name, f"missing ({leaf.description.rstrip('.') if leaf else ''}); {fix}")
 
 
 def _inconsistent(root: tree.Mapping, path: fields.Path, message: str) -> Mistake:

@@ -287,11 +287,18 @@ def help_text(stage: str) -> str:
 
 def _twin(section: type[Section], prefix: str = "") -> list[Drawn]:
     """The section's fields for tyro to draw; all are text to it: our words, not its guesses, say what a field takes."""
+    import tyro
+
     drawn = []
     for name, field in fields.of_section(section).items():
         if field.section:
             inner = make_dataclass(name, _twin(field.section, f"{prefix}{name}."))
             drawn.append((name, inner, dataclasses.field(default_factory=inner)))
+        elif field.named_sections:
+            inner = make_dataclass(name, _twin(field.named_sections, f"{prefix}{name}.NAME."))
+            drawn.append(_drawn(f"{name}.NAME.FIELD", "VALUE", field.description, f"(default: {field.default_text})"))
+            look = tyro.conf.arg(name=f"{name}.NAME")
+            drawn.append((f"{name}_NAME", Annotated[inner, look], dataclasses.field(default_factory=inner)))
         else:
             hints = [field.limits, "required" if field.required else f"default: {field.default_text}"]
             hint = f"({'; '.join(filter(None, hints))})"

@@ -300,6 +300,8 @@ class PpoConfig(PolicyStage):
     @model_validator(mode="after")
     def _consistent(self) -> PpoConfig:
         self.require_even("ppo.minibatch_size")
+        if len(self.reward.models) > 1 and self.roles.critic is None and self.roles.mode != "shared":
+            raise ValueError("roles.critic must be given with several reward models: one of them, or `zero`")
         if self.roles.mode == "shared" and self.roles.critic not in (None, "zero"):
             raise ValueError("roles.critic must be `zero` (or absent) with roles.mode `shared`: the value head starts at zero")
         if self.roles.mode == "shared" and self.lora.base != "plain":

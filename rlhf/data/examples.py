@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from math import comb
+from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
 from rlhf.config.sections import Reading, TextReading
@@ -246,9 +247,12 @@ def mismatched(rows: Sequence[RatedExample], limit: int) -> list[RatedExample]:
     return [_shortened(replace(row, reply=rows[other].reply), limit) for row, other in zip(rows, before, strict=True)]
 
 
-def prompt_examples(path: str, config: Reading, template: Template) -> Examples[PromptExample]:
+def prompt_examples(
+    path: str, config: Reading, template: Template, asked: Mapping[str, str] = MappingProxyType({})
+) -> Examples[PromptExample]:
+    """`asked`: columns that go along with the prompts, and who asks for them."""
     limit = _LengthLimit(config.max_length, config.too_long)
-    rows = _read(path, "prompt", config)
+    rows = _read(path, "prompt", config, asked=asked)
     examples = []
     for index, row in enumerate(rows.rows):
         ids = template.prompt(row.fields["prompt"], row.where)
@@ -295,13 +299,16 @@ def _shortened(row: RatedExample, limit: int) -> RatedExample:
     return replace(row, prompt=prompt, reply=reply)
 
 
-def _read(path: str, kind: Kind, config: Reading, json_key: str | None = None) -> Rows:
+def _read(
+    path: str, kind: Kind, config: Reading, json_key: str | None = None, asked: Mapping[str, str] = MappingProxyType({})
+) -> Rows:
     return read_rows(
         path,
         kind,
         columns=config.columns,
         json_key=json_key,
         extra_columns=config.extra_columns,
+        asked=asked,
         on_error=config.on_error,
         max_skip_fraction=config.max_skip_fraction,
         max_line_bytes=config.max_line_bytes,

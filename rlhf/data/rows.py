@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rlhf.data.conversations import BadRow
-from rlhf.data.formats import Problem, open_source
+from rlhf.data.formats import Problem, Record, open_source
 from rlhf.data.shapes import SHAPES, ExtraColumns, Kind, Schema
 from rlhf.errors import DataError
 
@@ -43,7 +44,7 @@ REASONS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row: its place in the file, its normalised fields, and the columns nobody asked for."""
+    """One usable row: its place in the file, its normalised fields, and the columns that are none of these."""
 
     where: str
     fields: dict[str, Any]
@@ -78,6 +79,7 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     json_key: str | None = None,
     extra_columns: ExtraColumns = "fail",
+    asked: Mapping[str, str] = MappingProxyType({}),
     on_error: Literal["fail", "skip"] = "fail",
     max_skip_fraction: float = 0.01,
     max_line_bytes: int = 8 * 2**20,
@@ -85,14 +87,15 @@ def read_rows(
     """Reads a .jsonl, .jsonl.gz, .json or .parquet file.
 
     `columns` maps our name of a field to the file's ("prompt": "question"); `json_key` names the column of plain text,
-    for kinds text and sft. With `on_error="skip"` bad rows are dropped and counted, up to `max_skip_fraction` of all
+    for kinds text and sft. `asked` maps columns that every row must have, beside those of its kind, to who asks for them:
+    they are among its `others`. With `on_error="skip"` bad rows are dropped and counted, up to `max_skip_fraction` of all
     rows. `max_line_bytes` bounds a line of jsonl.
 
     Raises DataError, one line a mistake as `file:line:column: reason; fix`, and ConfigError where `columns` or
     `json_key` do not fit the kind.
     """
     path = Path(path)
-    schema = Schema.of(kind, columns or {}, json_key, extra_columns)
+    schema = Schema.of(kind, columns or {}, json_key, extra_columns, asked)
     rows: list[Row] = []
     problems: list[Problem] = []
     notes: list[str] = []
@@ -124,6 +127,13 @@ def read_rows(
     if repeats := len(rows) - len({row.asks for row in rows}):
         notes.append(f"A {'text' if 'text' in rows[0].fields else 'prompt'} seen before is repeated in {_count(repeats)}.")
     return Rows(rows, notes)
+
+
+def first_columns(path: str, max_line_bytes: int) -> list[str]:
+    """The columns of a file's first row, so that one who asks for another can be told before models are opened; none where
+    that row cannot be read, as the reader of all rows will say."""
+    first = next(open_source(Path(path), [], max_line_bytes), None)
+    return list(first.value) if isinstance(first, Record) and isinstance(first.value, dict) else []
 
 
 def _check_problems(path: Path, problems: list[Problem], total: int, allowed_fraction: float) -> None:

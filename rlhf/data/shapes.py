@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 from rlhf.data.conversations import (
@@ -151,9 +152,17 @@ class Schema:
     names: dict[str, str]  # the file's column -> our field, aliases included
     columns: dict[str, str]  # our field -> the file's column
     extra_columns: ExtraColumns
+    asked: Mapping[str, str]  # a column that goes along as it is -> who asks for it
 
     @classmethod
-    def of(cls, kind: Kind, columns: Mapping[str, str], json_key: str | None, extra_columns: ExtraColumns) -> Schema:
+    def of(
+        cls,
+        kind: Kind,
+        columns: Mapping[str, str],
+        json_key: str | None,
+        extra_columns: ExtraColumns,
+        asked: Mapping[str, str] = MappingProxyType({}),
+    ) -> Schema:
         """Raises ConfigError where `columns` or `json_key` speak of a field the kind does not have."""
         if json_key is not None:
             if kind not in ("text", "sft"):
@@ -170,16 +179,21 @@ class Schema:
         unmapped = [name for name in fields if name not in columns]
         aliases = {alias: name for alias, name in ALIASES.items() if name in unmapped}
         names = aliases | {name: name for name in unmapped} | mapped  # what the user mapped comes last and holds
-        return cls(kind, names, {name: columns.get(name, name) for name in fields}, extra_columns)
+        return cls(kind, names, {name: columns.get(name, name) for name in fields}, extra_columns, asked)
 
     def others_of(self, value: dict[str, Any]) -> dict[str, Any]:
-        return {column: content for column, content in value.items() if column not in self.names}
+        """The columns that are no fields, and those that are asked for."""
+        return {column: content for column, content in value.items() if column not in self.names or column in self.asked}
 
     def fields_of(self, value: Any) -> Fields:
         """The known columns of one record; unknown ones are an error unless they are to be ignored."""
         if not isinstance(value, dict):
             raise BadRow(f"expected an object, found {describe(value)}")
-        extra = self.others_of(value)
+        for column, who in self.asked.items():
+            if value.get(column) is None:
+                lacks = "is null" if column in value else "is missing"
+                raise BadRow(f"{column} {lacks}, which {who} asks for", f"the row has {', '.join(value)}")
+        extra = [column for column in self.others_of(value) if column not in self.asked]
         if extra and self.extra_columns == "fail":
             listed = ", ".join(f"{column!r}{_nearest(column, tuple(self.names))}" for column in extra)
             expected = f"expected {', '.join(self.columns.values())}"

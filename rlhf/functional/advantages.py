@@ -47,36 +47,48 @@ def gae(
     return advantages, advantages + values
 
 
-def group_mean(scores: Float[Tensor, "G K"]) -> Float[Tensor, "G K"]:
-    """Mean score of a prompt's K replies (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2)."""
-    return scores.mean(1, keepdim=True).expand_as(scores)
+def group_mean(scores: Float[Tensor, "G K"], kept: Bool[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """Mean score of a prompt's K replies, of those that are kept (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2)."""
+    count = kept.sum(1, keepdim=True).clamp(min=1)
+    return (zero_outside(scores, kept).sum(1, keepdim=True) / count).expand_as(scores)
 
 
-def leave_one_out_mean(scores: Float[Tensor, "G K"]) -> Float[Tensor, "G K"]:
-    """Mean score of the other K - 1 replies: a baseline that does not depend on the reply (RLOO, Kool et al. 2019; Ahmadian et
-    al. 2024, arXiv:2402.14740, eq. 3)."""
-    return (scores.sum(1, keepdim=True) - scores) / (scores.shape[1] - 1)
+def leave_one_out_mean(scores: Float[Tensor, "G K"], kept: Bool[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """Mean score of the other replies that are kept: a baseline that does not depend on the reply (RLOO, Kool et al. 2019;
+    Ahmadian et al. 2024, arXiv:2402.14740, eq. 3). Of a reply that has no other, its own score: it is not compared."""
+    others = kept.sum(1, keepdim=True) - 1
+    total = zero_outside(scores, kept).sum(1, keepdim=True)
+    return torch.where(others > 0, (total - scores) / others.clamp(min=1), scores)
 
 
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+def no_baseline(scores: Float[Tensor, "G K"], kept: Bool[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """0: whitening over all replies takes its place (REINFORCE++, Hu 2025, arXiv:2501.03262)."""
+    return torch.zeros_like(scores)
+
+
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grpo": group_mean,
     "rloo": leave_one_out_mean,
-    "reinforce++": torch.zeros_like,
+    "reinforce++": no_baseline,
     "reinforce++-baseline": group_mean,
 }
-"""What a reply's score is compared with: (G, K) scores -> (G, K). REINFORCE++ (Hu 2025, arXiv:2501.03262) whitens over all
-replies in place of that; ReMax (Li et al. 2023, arXiv:2310.10505) needs more than the scores: that of the greedy reply."""
+"""What a reply's score is compared with. ReMax (Li et al. 2023, arXiv:2310.10505) is not here, as it needs more than the
+scores: that of the greedy reply."""
 
 SCALE_EPS = 1e-4
 """Added to a deviation that advantages are divided by; TRL 1.16, `grpo_trainer.py`."""
 
 
-def deviation(scores: Float[Tensor, "G K"], of: Literal["group", "batch"]) -> Float[Tensor, "G K"]:
+def deviation(scores: Float[Tensor, "G K"], kept: Bool[Tensor, "G K"], of: Literal["group", "batch"]) -> Float[Tensor, "G K"]:
     """Standard deviation (of a sample: divided by its count less one) of a prompt's scores or of all, plus `SCALE_EPS`."""
-    found = scores.std(1, keepdim=True) if of == "group" else scores.std()
-    return (found + SCALE_EPS).expand_as(scores)
+    shape = scores.shape
+    if of == "batch":
+        scores, kept = scores.flatten()[None], kept.flatten()[None]
+    apart = zero_outside(scores - group_mean(scores, kept), kept)
+    found = (apart.square().sum(1, keepdim=True) / (kept.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
+    return (found + SCALE_EPS).expand(shape)
 
 
-def same_scores(scores: Float[Tensor, "G K"]) -> Bool[Tensor, " G"]:
-    """Which prompts teach nothing, as all their replies score the same."""
-    return scores.amin(1) == scores.amax(1)
+def same_scores(scores: Float[Tensor, "G K"], kept: Bool[Tensor, "G K"]) -> Bool[Tensor, " G"]:
+    """Which prompts teach nothing, as all their replies that are kept score the same."""
+    return scores.masked_fill(~kept, torch.inf).amin(1) >= scores.masked_fill(~kept, -torch.inf).amax(1)

@@ -1,7 +1,7 @@
 """From the score of a response to the reward of each of its tokens.
 
-Order of use: `normalize_scores`, `clip_scores`, `apply_missing_eos`, `token_rewards`. Left out on purpose: scoring
-itself, and any bootstrap value for an answer cut off at the length limit (see `advantages.gae`).
+Order of use: `combine_scores`, `normalize_scores`, `clip_scores`, `penalize_length`, `apply_missing_eos`, `token_rewards`.
+Left out on purpose: scoring itself, and any bootstrap value for an answer cut off at the length limit (`advantages.gae`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,34 @@ from torch import Tensor
 from rlhf.errors import CheckFailed
 from rlhf.functional.kl import ESTIMATORS
 from rlhf.functional.masked import Moments, last_index, zero_outside
+
+
+def combine_scores(
+    scores: Float[Tensor, "C B"],
+    weights: Float[Tensor, " C"],
+    rule: Literal["sum", "mean", "min", "mean_minus_std"],
+    std_coef: float = 1.0,
+) -> Float[Tensor, " B"]:
+    """One score a reply out of those of C sources, each times its weight.
+
+    `min` and `mean_minus_std` (mean - std_coef * std, biased) are the worst-case and the uncertainty-weighted optimisation of
+    an ensemble of reward models (Coste et al. 2023, arXiv:2310.02743, who take off the variance); of one member, all are it.
+    """
+    weighted = weights.unsqueeze(1) * scores
+    match rule:
+        case "sum":
+            return weighted.sum(0)
+        case "mean":
+            return weighted.mean(0)
+        case "min":
+            return weighted.amin(0)
+        case "mean_minus_std":
+            return weighted.mean(0) - std_coef * weighted.std(0, correction=0)
+
+
+def disagreement(scores: Float[Tensor, "C B"], weights: Float[Tensor, " C"]) -> Float[Tensor, " B"]:
+    """Biased standard deviation of the weighted scores of a reply over the C members of an ensemble."""
+    return (weights.unsqueeze(1) * scores).std(0, correction=0)
 
 
 def token_rewards(
@@ -63,6 +91,17 @@ def apply_missing_eos(
     """
     of_unfinished = {"replace": torch.full_like(scores, value), "subtract": scores - value, "none": scores}
     return torch.where(has_eos, scores, of_unfinished[rule])
+
+
+def penalize_length(
+    scores: Float[Tensor, " B"], lengths: Shaped[Tensor, " B"], penalty: float, budget: int
+) -> Float[Tensor, " B"]:
+    """Scores less `penalty` for each token of a reply beyond `budget`.
+
+    With a budget of L_max - L_cache and a penalty of 1 / L_cache this is the soft overlong punishment of DAPO
+    (arXiv:2503.14476, eq. 13), as no reply is longer than L_max.
+    """
+    return scores - penalty * (lengths - budget).clamp(min=0)
 
 
 def clip_scores(scores: Float[Tensor, " B"], limit: float | None) -> Float[Tensor, " B"]:

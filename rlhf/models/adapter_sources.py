@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf.config.rewards import ONLY
 from rlhf.config.schema import PpoConfig
 from rlhf.digest import tree_digest
 from rlhf.errors import DataError
@@ -56,20 +57,17 @@ def origin(spec: str, scalar: bool = False, role: Role = "model") -> Origin:
     return Origin(spec, f"{source.path}@{source.revision}" if source.revision else source.path, None, None)
 
 
-def open_adapters(config: PpoConfig, loading: Loading, reward: str | None) -> AdaptedBase:
-    """The policy of `roles.mode: adapters`, with the adapters of its frozen roles.
-
-    Args:
-        reward: the model source of the reward; None: the reward is a function.
-    """
-    roles = config.roles
+def open_adapters(config: PpoConfig, loading: Loading) -> tuple[AdaptedBase, dict[str, str]]:
+    """The policy of `roles.mode: adapters`, with the adapters of its frozen roles; and the roles of reward models by name."""
+    roles, rewards = config.roles, config.reward.models
+    role_of = {name: REWARD if name == ONLY else f"{REWARD}_{name}" for name in rewards}
     origins = {ACTOR: origin(roles.actor)}
     if config.kl.coef > 0:
         origins[REFERENCE] = origin(roles.reference or roles.actor)
-    if reward is not None:
-        origins[REWARD] = origin(reward, scalar=True)
-    if roles.critic != "zero" and (roles.critic or reward):
-        origins[CRITIC] = origin(roles.critic or reward, scalar=True, role="critic")  # pyright: ignore[reportArgumentType]
+    for name, spec in rewards.items():
+        origins[role_of[name]] = origin(spec, scalar=True)
+    if (critic := roles.critic or next(iter(rewards.values()), "zero")) != "zero":
+        origins[CRITIC] = origin(critic, scalar=True, role="critic")
     base = origins[ACTOR]
     for role, found in origins.items():
         _require_same_base(base, role, found)
@@ -88,15 +86,15 @@ def open_adapters(config: PpoConfig, loading: Loading, reward: str | None) -> Ad
         weights = _load(peft, role, found.adapter) if found.adapter is not None else {}
         if weights:
             heads[role] = scalar_linear(weights, loading.dtype)
-        elif role in (CRITIC, REWARD):
+        elif role in (CRITIC, *role_of.values()):
             raise DataError(f"{found.adapter or found.base}: an adapter without a scalar head; train it with `rlhf rm`")
-    return AdaptedBase(peft, heads)
+    return AdaptedBase(peft, heads), role_of
 
 
 def _require_same_base(actor: Origin, role: str, other: Origin) -> None:
     if actor.identity == other.identity:
         return
-    name = "reward model" if role == REWARD else role
+    name = "reward model" if role.startswith(REWARD) else role
     raise DataError(
         f"roles.mode `adapters` needs one base: the actor {actor.spec} stands on {actor.base}, the {name} {other.spec} on "
         f"{other.base}. Train the {name} on the actor's base (`rlhf rm --model {actor.base} --lora.rank N`), or, to train both "

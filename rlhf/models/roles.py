@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.config.policies import Roles as PpoRoles
+from rlhf.config.rewards import ONLY
 from rlhf.config.schema import DpoConfig, GrpoConfig, KtoConfig, PolicyStage, PpoConfig, RmConfig, SftConfig, Stage
 from rlhf.data.collate import TokenBatch, last_row, token_batch
 from rlhf.data.order import chunks
-from rlhf.data.templates import tokenizer_digests
+from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError
 from rlhf.fp8.apply import apply
 from rlhf.fp8.state import calibrating, uncalibrated
@@ -27,6 +28,7 @@ from rlhf.models.heads import zero_head
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_scalar, load_tokenizer, local, stop_ids
 from rlhf.models.save import critic_of
 from rlhf.models.source import resolve
+from rlhf.models.tokenizers import other_part, own_template, require_rows, require_same_tokenizer
 from rlhf.models.trunk import BY_SEGMENTS, compile_layers
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
@@ -52,6 +54,10 @@ class RewardModel:
 
     model: nn.Module
     role: str = "critic"
+    positions: int | None = None
+    """Tokens that its longest row may have; None: as many as one likes."""
+    template: Template | None = None
+    """Its own, where its tokenizer or chat template is not the actor's: it then reads prompts and replies as text."""
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> Tensor:
@@ -67,7 +73,8 @@ class Roles:
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
     reference: Reference | None = None
-    reward: RewardModel | None = None
+    rewards: dict[str, RewardModel] = field(default_factory=dict)
+    """By the names of the reward's sources that are models."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of how roles share weights."""
 
@@ -89,7 +96,7 @@ class Roles:
     @property
     def frozen(self) -> list[nn.Module]:
         """Models of frozen roles that are not in the policy."""
-        models = [role.model for role in (self.reference, self.reward) if role is not None]
+        models = [role.model for role in self._frozen_roles]
         return [model for model in models if self.policy not in model.modules()]
 
     @property
@@ -97,10 +104,14 @@ class Roles:
         """Whether the reference is the policy, as it is before its first step."""
         return self.reference is not None and not self.frozen
 
+    @property
+    def _frozen_roles(self) -> list[Reference | RewardModel]:
+        return [*filter(None, [self.reference]), *self.rewards.values()]
+
     def prepared(self, model: nn.Module, wrapped: nn.Module) -> None:
         """What an engine made of a model: the frozen roles that it is are computed through it from now on."""
-        for role in (self.reference, self.reward):
-            if role is not None and role.model is model:
+        for role in self._frozen_roles:
+            if role.model is model:
                 role.model = wrapped
 
     @property
@@ -113,10 +124,9 @@ class Roles:
 
     def check_context(self, longest: int, field: str) -> None:
         """Raises DataError where a row of `longest` tokens has more positions than the model."""
-        model = unwrapped(self.policy.actor or self.policy.critic)  # pyright: ignore[reportArgumentType]
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
-        if positions and longest > positions:
-            raise DataError(f"the longest row takes {longest} positions, the model has {positions}: lower {field}")
+        there = positions(self.policy)
+        if there and longest > there:
+            raise DataError(f"the longest row takes {longest} positions, the model has {there}: lower {field}")
 
     @torch.no_grad()
     def calibrate(self, prompts: Sequence[list[int]], size: int) -> None:
@@ -124,11 +134,14 @@ class Roles:
 
         Every rank takes the same prompts, so all have the same scales, and the actor those of its reference.
         """
+        templates = {id(role.model): role.template for role in self.rewards.values()}
         for model in (self.policy, *self.frozen):
             if not uncalibrated(model):
                 continue
+            own = templates.get(id(model))
+            read = prompts if own is None else [own.text(self.tokenizer.decode(ids)) for ids in prompts]  # pyright: ignore
             with calibrating(model):
-                for rows in chunks(prompts, size):
+                for rows in chunks(read, size):
                     batch = token_batch(last_row(ids, []) for ids in rows)
                     model(batch.to(next(model.parameters()).device))
 
@@ -155,9 +168,9 @@ def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
     actor = _with_layers(load_actor(source, loading), source, config, scalar=False)
     roles = _roles(source, ActorCritic(actor=actor), config.trust_remote_code)
     if other not in (None, source):
-        _same_tokenizer(source, roles.tokenizer, "reference", other, config.trust_remote_code)
+        require_same_tokenizer(source, roles.tokenizer, "reference", other, config.trust_remote_code)
         reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(other, loading), config)))
-        _require_rows(reference, roles.tokenizer)
+        require_rows(reference, roles.tokenizer)
         roles.reference = Reference(reference)
     elif config.loss.referenced:
         roles.reference = Reference(roles.policy)
@@ -165,21 +178,22 @@ def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
 
 
 def open_ppo(config: PpoConfig) -> Roles:
-    loading, source, reward_source = _loading(config), config.roles, reward_model_of(config)
+    loading, source, rewards = _loading(config), config.roles, config.reward.models
     if source.mode == "adapters":
         from rlhf.models.adapter_sources import open_adapters  # imports peft
 
-        policy = open_adapters(config, loading, reward_source)
+        policy, role_of = open_adapters(config, loading)
         _as_it_computes(policy.base, config)
         roles = _roles_of_policy(config, policy)
         roles.reference = Reference(policy, "reference") if config.kl.coef > 0 else None
-        roles.reward = RewardModel(policy, "reward") if reward_source else None
+        for name, spec in rewards.items():
+            roles.rewards[name] = _reward_model(roles, spec, policy, role_of[name], config)
         return roles
     actor = _with_layers(load_actor(source.actor, loading), source.actor, config, scalar=False)
     if source.mode == "shared":
         policy = ActorCritic(actor=actor, value_head=value_head_for(actor))
     else:
-        policy = ActorCritic(actor=actor, critic=_open_critic(config, source.critic or reward_source or "zero", loading))
+        policy = ActorCritic(actor=actor, critic=_open_critic(config, critic_source(config), loading))
     return _with_frozen_roles(_roles_of_policy(config, policy), config)
 
 
@@ -191,18 +205,19 @@ def open_grpo(config: GrpoConfig) -> Roles:
 
 def _with_frozen_roles(roles: Roles, config: PolicyStage) -> Roles:
     """The reference and the reward model, each a model of its own."""
-    loading, source, reward_source = _loading(config), config.roles, reward_model_of(config)
+    loading, source = _loading(config), config.roles
     if config.kl.coef > 0:
         reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
         # equal to the actor to the bit if its weights say the same; no optimizer has them and no forward records them.
         reference.requires_grad_(config.lora.rank == 0)
         roles.reference = Reference(reference)
-    if reward_source is not None:
-        reward = load_scalar(reward_source, replace(loading, nf4=False))
-        roles.reward = RewardModel(freeze(ActorCritic(critic=_as_it_computes(reward, config))))
-    for frozen in roles.frozen:
-        _require_rows(frozen, roles.tokenizer)  # pyright: ignore[reportArgumentType]
+        require_rows(reference, roles.tokenizer)
+    for name, spec in config.reward.models.items():
+        scalar = freeze(ActorCritic(critic=_as_it_computes(load_scalar(spec, replace(loading, nf4=False)), config)))
+        roles.rewards[name] = _reward_model(roles, spec, scalar, "critic", config)
+        own = roles.rewards[name].template
+        require_rows(scalar, roles.tokenizer if own is None else own.tokenizer)
     if config.frozen_layers:
         roles.notes.append(_share_frozen_layers(roles, config))
     return roles
@@ -218,7 +233,7 @@ def _share_frozen_layers(roles: Roles, config: PolicyStage) -> str:
     others = {
         "reference": (roles.reference and roles.reference.model, "actor"),
         "critic": (roles.policy, "critic"),
-        "reward model": (roles.reward and roles.reward.model, "critic"),
+        **{_named(name): (reward.model, "critic") for name, reward in roles.rewards.items()},
     }
     for name, (model, role) in others.items():
         part = model and getattr(model, role)
@@ -243,10 +258,37 @@ def _roles_of_policy(config: PolicyStage, policy: ActorCritic) -> Roles:
     source = config.roles
     roles = _roles(source.actor, policy, config.trust_remote_code)
     critic = source.critic if isinstance(source, PpoRoles) else None
-    for role, spec in (("reference", source.reference), ("critic", critic), ("reward model", reward_model_of(config))):
+    for role, spec in (("reference", source.reference), ("critic", critic)):
         if spec not in (None, "zero"):
-            _same_tokenizer(source.actor, roles.tokenizer, role, spec, config.trust_remote_code)
+            require_same_tokenizer(source.actor, roles.tokenizer, role, spec, config.trust_remote_code)
+    if isinstance(config, PpoConfig) and config.roles.mode != "shared" and critic is None and critic_source(config) != "zero":
+        spec = critic_source(config)
+        if other := other_part(roles.tokenizer, load_tokenizer(spec, config.trust_remote_code)):
+            raise DataError(
+                f"the critic would start from the reward model {spec}, whose {other} is not that of the actor {source.actor}: "
+                "set roles.critic to `zero`, or to a model that has the actor's"
+            )
     return roles
+
+
+def critic_source(config: PpoConfig) -> str:
+    """What the critic starts from; `zero`: the actor's trunk, and a head of zeros."""
+    return config.roles.critic or next(iter(config.reward.models.values()), "zero")
+
+
+def _reward_model(roles: Roles, spec: str, model: ActorCritic, role: str, config: PolicyStage) -> RewardModel:
+    """With a template of its own, which is told, where it would read the actor's tokens as others."""
+    reward = RewardModel(model, role, positions(model))
+    tokenizer = load_tokenizer(spec, config.trust_remote_code)
+    if other := other_part(roles.tokenizer, tokenizer):
+        reward.template = own_template(spec, tokenizer)
+        how = "by its chat template" if reward.template.chat else "as plain text"
+        roles.notes.append(f"the {other} of the reward model {spec} is not the actor's: it reads replies as text, {how}")
+    return reward
+
+
+def _named(reward: str) -> str:
+    return "reward model" if reward == ONLY else f"reward model {reward}"
 
 
 def open_policy(spec: str, trust_remote_code: bool = False) -> Roles:
@@ -264,11 +306,6 @@ def open_reward_model(spec: str, trust_remote_code: bool = False) -> Roles:
 def _in_use(spec: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _roles(spec, freeze(policy).to(device), trust_remote_code)
-
-
-def reward_model_of(config: PolicyStage) -> str | None:
-    """The model source of the reward, or None where the reward is a function."""
-    return None if ":" in config.reward.source else config.reward.source
 
 
 def freeze(model: ActorCritic) -> ActorCritic:
@@ -317,35 +354,17 @@ def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.M
 
 def _roles(source: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     tokenizer, generation = load_tokenizer(source, trust_remote_code), load_generation_config(source)
-    _require_rows(policy, tokenizer)
+    require_rows(policy, tokenizer)
     stops = stop_ids(generation, tokenizer)
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     generation.pad_token_id = tokenizer.pad_token_id
     return Roles(policy, tokenizer, generation)
 
 
-def _require_rows(policy: ActorCritic, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises DataError where a token has no row in the embedding of a model that is given its ids."""
-    highest = max(tokenizer.get_vocab().values())
-    for part in filter(None, (policy.actor, policy.critic)):
-        model = unwrapped(part)
-        rows: int = model.get_input_embeddings().num_embeddings  # pyright: ignore
-        if highest >= rows:
-            raise DataError(
-                f"the tokenizer {tokenizer.name_or_path} has ids up to {highest}, the embedding of {model.config.name_or_path} "
-                f"only {rows} rows; they do not belong together: put the model's own tokenizer beside it"
-            )
-
-
-def _same_tokenizer(actor: str, tokenizer: PreTrainedTokenizerBase, role: str, spec: str, trust_remote_code: bool) -> None:
-    """Token ids of the actor are handed to the others as they are, so these must have been trained with the same ones."""
-    ours, theirs = tokenizer_digests(tokenizer), tokenizer_digests(load_tokenizer(spec, trust_remote_code))
-    for what in ("tokenizer", "template"):
-        if ours[what] != theirs[what]:
-            raise DataError(
-                f"the {what} of the {role} {spec} is not that of the actor {actor}; "
-                f"train the {role} from this actor's SFT run, or give the actor its tokenizer"
-            )
+def positions(model: ActorCritic) -> int | None:
+    """Tokens that its longest row may have; None: as many as one likes."""
+    inner = unwrapped(model.actor or model.critic)  # pyright: ignore[reportArgumentType]
+    return getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
 
 
 def _loading(config: Stage) -> Loading:

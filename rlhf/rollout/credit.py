@@ -18,7 +18,14 @@ from rlhf.functional.advantages import BASELINES, deviation, gae, same_scores
 from rlhf.functional.kl import k1
 from rlhf.functional.masked import Moments, masked_mean, whiten, zero_outside
 from rlhf.functional.ppo import explained_variance
-from rlhf.functional.rewards import apply_missing_eos, clip_scores, normalize_scores, token_rewards
+from rlhf.functional.rewards import (
+    apply_missing_eos,
+    clip_scores,
+    disagreement,
+    normalize_scores,
+    penalize_length,
+    token_rewards,
+)
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.scoring import Scored
 
@@ -29,8 +36,8 @@ class RunningScores:
     def __init__(self) -> None:
         self.moments = Moments.empty()
 
-    def see(self, scores: Tensor) -> None:
-        self.moments = self.moments.merge(Moments.of(scores, scores.isfinite()))
+    def see(self, scores: Tensor, kept: Tensor) -> None:
+        self.moments = self.moments.merge(Moments.of(scores, scores.isfinite() & kept))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.moments)
@@ -42,14 +49,17 @@ class RunningScores:
 def credit(
     experience: Experience, config: PpoConfig, kl_coef: float, running: RunningScores
 ) -> tuple[Experience, dict[str, float]]:
-    """Adds rewards, advantages (GAE) and returns; the second result is what to report of them, means over all replies."""
-    mask, values = experience.mask, experience.values
+    """Adds rewards, advantages (GAE) and returns; the second result is what to report of them, means over all replies.
+
+    A reply without a score takes no part in any of it: its tokens have no reward, advantage or return. Lengths and KL are of
+    the policy and not of scores, so they are those of all replies.
+    """
+    mask, values = experience.learned, experience.values
     assert values is not None
-    running.see(config.reward.weight * experience.scores)
-    scores = shaped_scores(experience.scores, experience.finished, config.reward, running)
+    scores = shaped_scores(experience, config.reward, running)
     rewards = rewards_of(experience, scores, config.kl, kl_coef)
     advantages, returns = gae(rewards, values, mask, config.ppo.gamma, config.ppo.lam)
-    stats = described(experience, scores, kl_coef) | {
+    stats = described(experience, scores, config.reward, kl_coef) | {
         "value/mean": masked_mean(values, mask).item(),
         "value/explained_variance": float(explained_variance(values, returns, mask)),
         "advantage/mean": masked_mean(advantages, mask).item(),
@@ -69,40 +79,44 @@ def credit_without_critic(
     """Adds rewards, and advantages by comparison with other replies; replies to one prompt stand side by side.
 
     Args:
-        greedy: the greedy reply to each prompt: ReMax compares with what it scores.
+        greedy: the greedy reply to each prompt: ReMax compares with what it scores; without a score, with 0.
     """
-    mask, grpo, groups = experience.mask, config.grpo, (-1, config.rollout.samples_per_prompt)
-    running.see(config.reward.weight * experience.scores)
-    scores = shaped_scores(experience.scores, experience.finished, config.reward, running)
+    mask, grpo, groups = experience.learned, config.grpo, (-1, config.rollout.samples_per_prompt)
+    kept, scores = experience.scored.view(groups), shaped_scores(experience, config.reward, running)
     rewards = rewards_of(experience, scores, config.kl, kl_coef)
     to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, lam=1.0)
     whole = (to_go[:, 0] if config.kl.place == "score" else scores).view(groups)
     if greedy is None:
-        compared = whole - BASELINES[grpo.estimator](whole)
+        compared = whole - BASELINES[grpo.estimator](whole, kept)
     else:
-        of_greedy = shaped_scores(greedy.scores, torch.tensor(greedy.samples.finished), config.reward, running)
-        compared = whole - of_greedy.to(whole)[:, None]
+        compared = whole - of_greedy(greedy, config.reward, running).to(whole)[:, None]
     if grpo.estimator == "grpo" and grpo.scale != "none":
-        compared = compared / deviation(whole, grpo.scale)
+        compared = compared / deviation(whole, kept, grpo.scale)
     # A penalty on a token is its own, and that of the tokens before: it is compared with nothing, and not scaled.
     of_tokens = to_go - whole.flatten()[:, None]
     advantages = zero_outside(compared.flatten()[:, None] + of_tokens, mask)
     if grpo.estimator.startswith("reinforce++"):
         advantages = whiten(advantages, mask, Moments.of(advantages, mask))
-    stats = described(experience, scores, kl_coef) | {
+    stats = described(experience, scores, config.reward, kl_coef) | {
         "advantage/mean": masked_mean(advantages, mask).item(),
-        "reward/same_scores": same_scores(scores.view(groups)).double().mean().item(),
+        "reward/same_scores": same_scores(scores.view(groups), kept).double().mean().item(),
     }
     return replace(experience, rewards=rewards, advantages=advantages), stats
 
 
-def described(experience: Experience, scores: Tensor, kl_coef: float) -> dict[str, float]:
+def of_greedy(greedy: Scored, config: Reward, running: RunningScores) -> Tensor:
+    """(G,) as scores are shaped; these are not counted among those that normalising goes by."""
+    scores, samples = zero_outside(greedy.scores.scores, greedy.scores.kept), greedy.samples
+    lengths = torch.tensor([len(response) for response in samples.responses])
+    return _shaped(config.weight * scores, lengths, torch.tensor(samples.finished), config, running)
+
+
+def described(experience: Experience, scores: Tensor, config: Reward, kl_coef: float) -> dict[str, float]:
     """Means over all replies, whatever the estimator."""
     mask = experience.mask
     stats = {
-        "reward/score": experience.scores.mean().item(),
-        "reward/score_std": experience.scores.std(unbiased=False).item(),
-        "reward/shaped": scores.mean().item(),
+        **score_stats(experience, config),
+        "reward/shaped": masked_mean(scores, experience.scored).item(),
         "rollout/length": mask.sum(1).double().mean().item(),
         "rollout/ended": experience.finished.double().mean().item(),
         "rollout/count": float(len(experience)),
@@ -116,17 +130,40 @@ def rewards_of(experience: Experience, scores: Tensor, kl: Kl, coef: float) -> T
     """(B, T): the score on the last token of each reply, and the KL penalty where it is a part of the reward."""
     reference = experience.reference_logprobs
     if kl.place == "loss":
-        return token_rewards(scores, experience.logprobs, None, experience.mask, 0.0)
-    return token_rewards(scores, experience.logprobs, reference, experience.mask, coef, kl.estimator, kl.place)
+        return token_rewards(scores, experience.logprobs, None, experience.learned, 0.0)
+    return token_rewards(scores, experience.logprobs, reference, experience.learned, coef, kl.estimator, kl.place)
 
 
-def shaped_scores(scores: Tensor, finished: Tensor, config: Reward, running: RunningScores) -> Tensor:
-    """(B,) scores after weighting, normalising, clipping and the rule for replies that never end, in this order."""
-    scores = config.weight * scores
+def shaped_scores(experience: Experience, config: Reward, running: RunningScores) -> Tensor:
+    """(B,) scores after weighting, normalising, clipping, the penalty on length and the rule for replies that never end, in
+    this order; of a reply without one, a number that no formula after it looks at."""
+    scored = experience.scored
+    scores = config.weight * zero_outside(experience.scores.to(experience.logprobs.dtype), scored)
+    running.see(scores, scored)
+    return _shaped(scores, experience.mask.sum(1), experience.finished, config, running)
+
+
+def _shaped(scores: Tensor, lengths: Tensor, finished: Tensor, config: Reward, running: RunningScores) -> Tensor:
     if config.normalize == "running":
         scores = normalize_scores(scores, running.moments)
     scores = clip_scores(scores, config.clip)
+    if config.length_penalty:
+        scores = penalize_length(scores, lengths, config.length_penalty, config.length_budget)
     return apply_missing_eos(scores, finished, config.missing_eos, config.missing_eos_value)
+
+
+def score_stats(experience: Experience, config: Reward) -> dict[str, float]:
+    """Mean and deviation of the scores, and of those of each of several sources, over the replies that have them."""
+    of_each = {name: scores[~scores.isnan()] for name, scores in experience.components.items()}
+    stats = {"reward/masked": float((~experience.scored).sum())}
+    for name, scores in {"score": experience.scores[experience.scored], **of_each}.items():
+        if len(scores):
+            stats |= {f"reward/{name}": scores.mean().item(), f"reward/{name}_std": scores.std(unbiased=False).item()}
+    if config.combine != "sum":
+        weights = torch.tensor([config.sources[name].weight for name in experience.components])
+        members = torch.stack([*experience.components.values()])[:, experience.scored]
+        stats["reward/disagreement"] = disagreement(members, weights).mean().item()
+    return stats
 
 
 def sequence_kl(experience: Experience) -> float:

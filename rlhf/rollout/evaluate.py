@@ -8,36 +8,50 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.examples import PromptExample
 from rlhf.rollout.credit import sequence_kl
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.rewards import Reader, checked_scores, decode
+from rlhf.rollout.readers import Reader, checked_scores, read
+from rlhf.rollout.rewards import decode
 
 
 def evaluate(
-    experience: Experience, texts: Sequence[str], scorers: Sequence[Reader], tokenizer: PreTrainedTokenizerBase, keep: int
+    experience: Experience,
+    asked: Sequence[PromptExample],
+    scorers: Sequence[Reader],
+    tokenizer: PreTrainedTokenizerBase,
+    keep: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(means over all replies, the first `keep` replies with their scores).
+    """(means over all replies that have the number, the first `keep` replies with their scores).
 
-    A scorer returns a list of numbers, or a dict of such lists by metric name.
+    A scorer returns a list of numbers (None: it has none for that reply), or a dict of such lists by metric name.
     """
-    mask = experience.mask
+    mask, finished = experience.mask, experience.finished.tolist()
     replies = [tokens[real.bool()].tolist() for tokens, real in zip(experience.tokens, mask, strict=True)]
     responses = decode(replies, tokenizer)
-    columns: dict[str, list[float]] = {"score": experience.scores.tolist(), "length": mask.sum(1).double().tolist()}
-    columns["ended"] = experience.finished.double().tolist()
+    scores = zip(experience.scores.tolist(), experience.scored.tolist(), strict=True)
+    columns: dict[str, list[float | None]] = {"score": [score if kept else None for score, kept in scores]}
+    columns |= {"length": mask.sum(1).double().tolist(), "ended": experience.finished.double().tolist()}
+    for name, component in experience.components.items():
+        columns[name] = [None if math.isnan(score) else score for score in component.tolist()]
     for scorer in scorers:
-        values, function = scorer(texts, responses), scorer.source.rpartition(":")[2]
-        named = values if isinstance(values, dict) else {function: values}
-        columns |= {name: checked_scores(column, len(texts), scorer.source) for name, column in named.items()}
-    metrics = {name: sum(column) / len(column) for name, column in columns.items()}
+        values = read(scorer, asked, responses, tokens=replies, finished=finished)
+        named = values if isinstance(values, dict) else {scorer.source.rpartition(":")[2]: values}
+        columns |= {name: checked_scores(column, len(asked), scorer.source) for name, column in named.items()}
+    there = {name: [value for value in column if value is not None] for name, column in columns.items()}
+    metrics = {name: sum(values) / len(values) for name, values in there.items() if values}
     if experience.reference_logprobs is not None:
         metrics["kl"] = sequence_kl(experience)
     samples = [
         {
-            "prompt": texts[row],
+            "prompt": asked[row].text,
             "response": responses[row],
-            "scores": {name: round(column[row], 4) for name, column in columns.items() if math.isfinite(column[row])},
+            "scores": {
+                name: round(value, 4)
+                for name, column in columns.items()
+                if (value := column[row]) is not None and math.isfinite(value)
+            },
         }
-        for row in range(min(keep, len(texts)))
+        for row in range(min(keep, len(asked)))
     ]
     return metrics, samples

@@ -6,8 +6,8 @@ marks their real tokens; what a model is given has no pads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Experience:
     reference_logprobs: Tensor | None
     """(B, T) log pi_ref(token); None where the KL penalty is off"""
     scores: Tensor
-    """(B,) the reward source's score of each reply, as it came"""
+    """(B,) the score of each reply, as its sources gave it; NaN where they have none"""
     rewards: Tensor | None = None
     """(B, T) per token: KL penalty, and the score on the last token"""
     advantages: Tensor | None = None
@@ -45,6 +45,20 @@ class Experience:
     """(B, T)"""
     weights: Tensor | None = None
     """(B, T) of each token in the loss of a minibatch"""
+    kept: Tensor | None = None
+    """(B,) whether a reply has a score; None: all have. Nothing is learned from one without"""
+    components: dict[str, Tensor] = field(default_factory=dict)
+    """(B,) the scores of each of several sources, by name, as they came; NaN for none"""
+
+    @property
+    def scored(self) -> Tensor:
+        """(B,) `kept`, whatever it is."""
+        return torch.ones(len(self), dtype=torch.bool, device=self.mask.device) if self.kept is None else self.kept
+
+    @property
+    def learned(self) -> Tensor:
+        """(B, T) 1 at the tokens that a loss, a mean or a moment is taken of: those of replies that have a score."""
+        return self.mask * self.scored.unsqueeze(1)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,18 +67,14 @@ class Experience:
         """Some replies, cut to the longest of them."""
         index = torch.as_tensor(list(indices), dtype=torch.long)
         longest = int(self.mask[index].sum(1).max())
-        changes = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = value[index, :longest] if value.ndim == 2 else value[index]
-        return replace(self, prompts=[self.prompts[i] for i in index.tolist()], **changes)
+        found = self._each(lambda value: value[index, :longest] if value.ndim == 2 else value[index])
+        return replace(found, prompts=[self.prompts[i] for i in index.tolist()])
 
     def weighed(self, minibatch: Sequence[int], aggregation: Aggregation, longest: int) -> Experience:
         """With the weight that each token has in the loss of some of the replies; `longest`: tokens, of `constant`."""
         weights = torch.zeros_like(self.logprobs)
         index = torch.as_tensor(list(minibatch))
-        weights[index] = token_weights(self.mask[index], aggregation, longest, weights.dtype)
+        weights[index] = token_weights(self.learned[index], aggregation, longest, weights.dtype)
         return replace(self, weights=weights)
 
     def batch(self) -> TokenBatch:
@@ -83,8 +93,12 @@ class Experience:
 
     def to(self, device: torch.device) -> Experience:
         """The same on a device; prompts stay where they are."""
-        tensors = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Experience:
+        """The same with every tensor changed."""
+        tensors = {f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, components={name: change(v) for name, v in self.components.items()}, **tensors)
 
 
 def reply_tensors(samples: Samples, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,10 +116,11 @@ def concatenate(parts: Sequence[Experience], order: Sequence[int]) -> Experience
     index = torch.empty(len(order), dtype=torch.long)
     index[torch.tensor(list(order))] = torch.arange(len(order))
     changes = {}
-    for field in fields(Experience):
-        values = [getattr(part, field.name) for part in parts]
+    for name in (one.name for one in fields(Experience)):
+        values = [getattr(part, name) for part in parts]
         if isinstance(values[0], Tensor):
             joined = torch.cat([F.pad(v, (0, longest - v.shape[1])) if v.ndim == 2 else v for v in values])
-            changes[field.name] = joined[index]
+            changes[name] = joined[index]
+    changes["components"] = {name: torch.cat([part.components[name] for part in parts])[index] for name in parts[0].components}
     prompts = [prompt for part in parts for prompt in part.prompts]
     return replace(parts[0], prompts=[prompts[i] for i in index.tolist()], **changes)

@@ -4,8 +4,9 @@ Run as a file of its own, from the standard library alone. It speaks length-pref
 argument but one; what the function prints goes to the trainer's standard error. functions.py is the other end.
 
     trainer                                                     child
-    {"path": sys.path, "source": ..., "offered": [...]}   ->
-                                                          <-    {"ready": true} or {"problem": why it cannot be called}
+    {"path": sys.path, "source": ...}                     ->
+                                                          <-    {"takes": {parameter: whether it must be given}}
+                                                                or {"problem": why it cannot be called}
     {"seed": n, "arguments": {name: [...]}}               ->
                                                           <-    {"scores": [...]}, {"columns": {name: [...]}},
                                                                 {"not_a_list": type} or {"raised": {...}}
@@ -27,7 +28,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -60,11 +61,11 @@ def _exactly(count: int, receive: Callable[[int], bytes]) -> bytes:
     return b"".join(pieces)
 
 
-def load_function(source: str, offered: Sequence[str]) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names.
+def load_function(source: str) -> tuple[Callable[..., Any], dict[str, bool]]:
+    """The function that `module:function` or `file.py:function` names, and its parameters: whether each must be given.
 
     Raises:
-        ValueError: it is not there, or wants arguments that are not among the offered; the message says so.
+        ValueError: it is not there, or is none; the message says so.
     """
     place, _, name = source.rpartition(":")
     try:
@@ -76,10 +77,7 @@ def load_function(source: str, offered: Sequence[str]) -> Callable[..., Any]:
         raise ValueError(f"{place} has no function {name!r}")
     wanted = inspect.signature(function).parameters  # raises a ValueError itself for what has none to be read
     optional_kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    needed = [key for key, p in wanted.items() if p.default is p.empty and p.kind not in optional_kinds]
-    if unknown := [key for key in needed if key not in offered]:
-        raise ValueError(f"asks for {', '.join(unknown)}; what can be given is {', '.join(offered)}")
-    return function
+    return function, {key: p.default is p.empty for key, p in wanted.items() if p.kind not in optional_kinds}
 
 
 def _module_of_file(place: str) -> Any:
@@ -173,11 +171,11 @@ def main(descriptor: int, parent: int) -> None:
     hello = read_message(trainer.recv)
     sys.path[:] = hello["path"]
     try:
-        function = load_function(hello["source"], hello["offered"])
+        function, takes = load_function(hello["source"])
     except ValueError as error:
         trainer.sendall(frame({"problem": str(error)}))
         return
-    trainer.sendall(frame({"ready": True}))
+    trainer.sendall(frame({"takes": takes}))
     while True:
         try:
             request = read_message(trainer.recv)

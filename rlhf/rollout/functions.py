@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -23,37 +24,70 @@ from rlhf.rollout import function_child
 from rlhf.rollout.function_child import frame, read_message
 from rlhf.rollout.tries import FailedTry, with_retries
 
-OFFERED = ("prompts", "responses")
+OFFERED = ("prompts", "responses", "tokens", "finished", "where")
+"""What there is of every reply: texts, the reply's token ids, whether it ended by itself, the place of its prompt in a file.
+Any other parameter that must be given is a column of the prompt rows."""
+
+
+class FunctionFailed(DataError):
+    """It raised, hung or died on every try."""
 
 
 class FunctionProcess:
     """`module:function` or `file.py:function`, in a child that lives as long as this object, and no longer than the trainer.
 
     Args:
+        source: what it is called in messages; and where it is, unless `place` says so.
         timeout_s: seconds for loading the function, and for each call of it.
         retries: how often a call that raises, hangs or dies is made again, with the same arguments.
+        columns: parameter -> the column of the prompt rows that it is, where their names differ.
 
     Raises:
-        DataError: the function is not there, or asks for what cannot be given.
+        DataError: the function is not there.
     """
 
-    def __init__(self, source: str, timeout_s: float = 60.0, retries: int = 2) -> None:
-        self.source, self.timeout_s, self.retries = source, timeout_s, retries
+    def __init__(
+        self,
+        source: str,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        place: str | None = None,
+        columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.source, self.timeout_s, self.retries, self.place = source, timeout_s, retries, place or source
+        self.takes: dict[str, bool] = {}
         self.child: Child | None = self._start()
+        self.column_of = {name: columns.get(name, name) for name, must in self.takes.items() if must and name not in OFFERED}
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the prompt rows that it asks for."""
+        return list(self.column_of.values())
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **others: Sequence[Any]) -> Any:
         """What the function returned: a list, or a dict of lists, of floats and of what the function took for numbers.
 
+        Args:
+            others: the rest of `OFFERED` and the columns, by name; the function is given those that it takes.
+
         Raises:
-            DataError: it failed on every try, or returned no list.
+            FunctionFailed: it failed on every try.
+            DataError: it returned no list.
         """
-        arguments = {"prompts": list(prompts), "responses": list(responses)}
-        request = {"seed": int(text_digest(json.dumps(arguments))[:16], 16) >> 1, "arguments": arguments}
+        arguments: dict[str, list[Any]] = {"prompts": list(prompts), "responses": list(responses)}
+        arguments |= {name: list(others[name]) for name in self.takes if name in OFFERED and name in others}
+        arguments |= {name: list(others[column]) for name, column in self.column_of.items()}
+        try:
+            text = json.dumps(arguments)
+        except TypeError as error:
+            raise DataError(f"{self.source}: a column it asks for holds what JSON has no word for: {error}") from None
+        request = {"seed": int(text_digest(text)[:16], 16) >> 1, "arguments": arguments}
         try:
             answer = with_retries(self.source, self.retries, lambda: self._ask(request))
         except FailedTry as failure:
             what = f"the call was for replies 0 to {len(responses) - 1} of this process"
-            raise DataError(f"{failure}; {what}; mend the function") from None
+            advice = "; mend the function" if self.place == self.source else ""
+            raise FunctionFailed(f"{failure}; {what}{advice}") from None
         if "not_a_list" in answer:
             raise DataError(f"{self.source}: returned {answer['not_a_list']}, expected a list of {len(responses)} numbers")
         return answer["scores"] if "scores" in answer else answer["columns"]
@@ -83,8 +117,7 @@ class FunctionProcess:
     def _start(self) -> Child:
         self.child = Child()
         try:
-            greeting = {"path": sys.path, "source": self.source, "offered": OFFERED}
-            answer = self.child.exchange(greeting, self.timeout_s)
+            answer = self.child.exchange({"path": sys.path, "source": self.place}, self.timeout_s)
         except TimeoutError:
             self._kill()
             raise DataError(f"{self.source}: cannot be loaded within {self.timeout_s:g} s (reward.timeout_s)") from None
@@ -93,6 +126,7 @@ class FunctionProcess:
         if problem := answer.get("problem"):
             self.close()
             raise DataError(f"{self.source}: {problem}")
+        self.takes = answer["takes"]
         return self.child
 
     def _kill(self) -> None:

@@ -23,9 +23,12 @@ from rlhf.errors import DataError
 from rlhf.paths import beside, sync
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience
+from rlhf.rollout.rewards import Scores
 from rlhf.rollout.scoring import Scored
 
 ROLLOUTS = "rollouts"
+COMPONENT = "components."
+"""Before the name of one of several sources of reward."""
 
 
 class Recording:
@@ -57,6 +60,7 @@ class Recording:
         file = _file(self.run, step)
         file.parent.mkdir(exist_ok=True)
         partial = beside(file)
+        tensors |= {f"{COMPONENT}{name}": value for name, value in experience.components.items()}
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(whole | {"prompts": prompts, "prompt_lengths": mask.sum(1)}, partial, metadata={"format": "pt"})
         sync(partial)
@@ -85,7 +89,8 @@ class Recording:
                 found["finished"].tolist(),
                 step,
             )
-            scored = Scored(samples, found["scores"])
+            components = {name.removeprefix(COMPONENT): value for name, value in found.items() if name.startswith(COMPONENT)}
+            scored = Scored(samples, Scores(found["scores"], found["kept"], components))
         except (SafetensorError, KeyError) as error:
             raise DataError(f"{file}: no recorded rollout ({error})") from error
         advice = "a replay needs the data, the seed and the batch size of the run that was recorded"

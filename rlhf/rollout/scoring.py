@@ -13,29 +13,35 @@ from rlhf.functional.advantages import same_scores
 from rlhf.models.roles import Reference
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience, reply_tensors
+from rlhf.rollout.rewards import Scores
 
 Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Replies, and (B,) what each scored."""
+    """Replies, and what each scored."""
 
     samples: Samples
-    scores: Tensor
+    scores: Scores
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def rows(self, indices: Sequence[int]) -> Scored:
-        return Scored(self.samples.rows(indices), self.scores[torch.as_tensor(list(indices), dtype=torch.long)])
+        return Scored(self.samples.rows(indices), self.scores.rows(indices))
+
+    def same(self, size: int) -> list[int]:
+        """Which groups of that size teach nothing, as all their replies score the same."""
+        groups = (-1, size)
+        return same_scores(self.scores.scores.view(groups), self.scores.kept.view(groups)).nonzero().flatten().tolist()
 
 
 def join(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
     """One after the other, row i of the whole then put at place order[i]."""
     back = torch.tensor(list(order)).argsort().tolist()
-    whole = Scored(Samples.joined([part.samples for part in parts]), torch.cat([part.scores for part in parts]))
-    return whole.rows(back)
+    samples, scores = Samples.joined([part.samples for part in parts]), Scores.joined([part.scores for part in parts])
+    return Scored(samples, scores).rows(back)
 
 
 def in_places_of(
@@ -44,7 +50,7 @@ def in_places_of(
     """Prompts at `places`, with their groups of replies, give way to those drawn whose replies do not all score the same."""
     size, asked = len(more) // len(drawn), list(asked)
     groups = list(range(len(asked)))
-    differing = (~same_scores(more.scores.view(-1, size))).nonzero().flatten().tolist()
+    differing = [group for group in range(len(drawn)) if group not in more.same(size)]
     for place, group in zip(places, differing, strict=False):
         asked[place], groups[place] = drawn[group], len(groups) + group
     rows = [group * size + reply for group in groups for reply in range(size)]
@@ -79,7 +85,9 @@ def score(
         logprobs=_blank(policy, mask),
         values=_blank(policy, mask) if has_critic else None,
         reference_logprobs=None if reference is None else _blank(policy, mask),
-        scores=scored.scores.to(_blank(policy, mask)),
+        scores=scored.scores.scores,
+        kept=scored.scores.kept,
+        components=scored.scores.components,
     )
     for rows, weight in micro_batches:
         part = experience.rows(rows)

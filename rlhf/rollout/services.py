@@ -40,6 +40,10 @@ TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv4 addresses behind a translator (RFC 6052)."""
 
 
+class NoAnswer(StorageError):
+    """A service could not be had on any try."""
+
+
 class RewardService:
     """A service at `http://` or `https://`.
 
@@ -47,17 +51,29 @@ class RewardService:
         timeout_s: seconds for one try, from the first packet to the last byte; looking up the host's name comes before.
         retries: tries after one that fails: status 429 or 5xx, a connection that breaks, takes too long or carries no JSON.
         allow_private: whether it may be on this machine or in a private network.
+        allow_hosts: the only hosts that it may be on; none: any.
 
     Raises:
-        ConfigError: its address is none, or a private one, or the token cannot be sent to it.
+        ConfigError: its address is none, a private one or of another host, or the token cannot be sent to it.
         StorageError: its host is not found.
     """
 
-    def __init__(self, source: str, timeout_s: float = 60.0, retries: int = 2, allow_private: bool = False) -> None:
+    columns = ()
+
+    def __init__(
+        self,
+        source: str,
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        allow_private: bool = False,
+        allow_hosts: Sequence[str] = (),
+    ) -> None:
         self.source, self.timeout_s, self.retries, self.allow_private = source, timeout_s, retries, allow_private
         try:
             self.url = httpx2.URL(source)
             self.host = self.url.raw_host.decode("ascii")
+            if allow_hosts and self.host not in {host.lower() for host in allow_hosts}:
+                raise ConfigError(f"{source}: {self.host} is not among reward.allow_hosts ({', '.join(allow_hosts)})")
             self._addresses()
         except httpx2.InvalidURL as error:
             raise ConfigError(f"{source}: {error}") from None
@@ -65,13 +81,13 @@ class RewardService:
             raise StorageError(f"{source}: {failure}") from None
         self._headers()
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **others: Sequence[Any]) -> Any:
         """What the service gave as scores, whatever it is.
 
         Raises:
             DataError: it answered, and what it said would be said again: a redirect, another status, a body that is too long,
                 no `scores`.
-            StorageError: it could not be had on any try. Not DataError: nothing is wrong with what it said, there was no
+            NoAnswer: it could not be had on any try. Not DataError: nothing is wrong with what it said, there was no
                 answer to read, as from a disk that fails; the run goes on where it was once the service is back.
         """
         body = json.dumps({"prompts": list(prompts), "responses": list(responses)})
@@ -79,7 +95,7 @@ class RewardService:
         try:
             answer = with_retries(self.source, self.retries, lambda: self._try(body.encode(), headers), FIRST_PAUSE_S)
         except FailedTry as failure:
-            raise StorageError(f"{failure}; see to the service, then run the same command again") from None
+            raise NoAnswer(f"{failure}; see to the service, then run the same command again") from None
         if not isinstance(answer, dict) or "scores" not in answer:
             raise DataError(f"{self.source}: the answer has no `scores`, expected {{'scores': [{len(responses)} numbers]}}")
         return answer["scores"]

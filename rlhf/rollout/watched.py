@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.rewards import Reward
 from rlhf.data.examples import PromptExample
 from rlhf.rollout.credit import reply_kl
 from rlhf.rollout.experience import Experience
@@ -16,7 +17,7 @@ from rlhf.rollout.experience import Experience
 def watched(experience: Experience) -> dict[str, Tensor]:
     """By name, each (B,) or (B, T); what follows from another comes after it."""
     found = {
-        "score": experience.scores,
+        "score": experience.scores.masked_fill(~experience.scored, 0.0),
         "KL": None if experience.reference_logprobs is None else reply_kl(experience),
         "return": experience.returns,
         "advantage": experience.advantages,
@@ -25,9 +26,10 @@ def watched(experience: Experience) -> dict[str, Tensor]:
 
 
 def found_again(
-    experience: Experience, asked: Sequence[PromptExample], tokenizer: PreTrainedTokenizerBase, scored_by: str, row: int
+    experience: Experience, asked: Sequence[PromptExample], tokenizer: PreTrainedTokenizerBase, reward: Reward, row: int
 ) -> dict[str, Any]:
     """A reply as JSON: the prompt's place in its file, texts and token ids, what it scored."""
+    scored_by = ", ".join(part.source for part in reward.parts.values())
     ids = experience.tokens[row][experience.mask[row].bool()].tolist()
     return {
         "where": f"{asked[row].row.where}, reply {row} scored by {scored_by}",
@@ -36,5 +38,6 @@ def found_again(
         "reply": tokenizer.decode(ids),
         "reply_ids": ids,
         "score": float(experience.scores[row]),
+        **{f"score of {name}": float(scores[row]) for name, scores in experience.components.items()},
         "kl": None if experience.reference_logprobs is None else float(reply_kl(experience)[row]),
     }

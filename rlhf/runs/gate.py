@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from rlhf.config.rewards import Reward
 from rlhf.errors import CheckFailed
 from rlhf.runs.lineage import run_of
 from rlhf.runs.manifest import MANIFEST, read_json
 
 
-def reward_gate(source: str | None) -> str | None:
-    """A note, where the reward is a run of `rlhf rm` that was not evaluated; a model from elsewhere is taken as it is.
-
-    Args:
-        source: None where the reward is no model.
+def reward_gate(reward: Reward) -> list[str]:
+    """A note for each reward model of a run of `rlhf rm` that was not evaluated; one from elsewhere is taken as it is.
 
     Raises:
-        CheckFailed: its held-out accuracy is not above chance, by its 95% interval.
+        CheckFailed: the held-out accuracy of one is not above chance, by its 95% interval.
     """
-    run = run_of(source) if source is not None else None
+    return [note for source in reward.models.values() if reward.gate and (note := _judged(source))]
+
+
+def _judged(source: str) -> str | None:
+    run = run_of(source)
     manifest = read_json(run / MANIFEST) if run is not None else {}
     if manifest.get("stage") != "rm":
         return None

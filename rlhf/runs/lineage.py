@@ -39,16 +39,16 @@ INPUT_FIELDS = {
 }
 """Input name -> config field, for the stages that have it."""
 
-SCORERS = "eval.scorers"
-"""A list of functions; each is an input by the name `eval.scorers[0]` and so on."""
+SCORERS, SOURCES = "eval.scorers", "reward.sources"
+"""A list of functions, each an input by the name `eval.scorers[0]` and so on; and sections, `reward.sources.NAME.source`."""
 
 # Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
 OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
 KEPT_FIELDS = ("rollout.record",)
 """The same, in a section of other things: a run may go on with its rollouts kept."""
 
-# Fields that say how long to wait for a score, not what it is: a run that gave up may go on with more patience.
-WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private")
+# Fields that say how long to wait for scores and how many to do without, not what they are: a run that gave up may go on.
+WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private", "reward.allow_hosts", "reward.on_failure")
 
 WRITTEN = ("model", "critic", "ema", "checkpoints", "rollouts", "metrics.jsonl", "samples.jsonl", "profile")
 """What a run writes, and so replaces, in its directory."""
@@ -81,7 +81,8 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
     fields = _flat(config.model_dump(mode="json"))
     scorers = {f"{SCORERS}[{place}]": spec for place, spec in enumerate(fields.get(SCORERS, ()))}
     fields |= scorers
-    for name, field in (INPUT_FIELDS | {name: name for name in scorers}).items():
+    sources = [field for field in fields if field.startswith(SOURCES) and field.endswith(".source")]
+    for name, field in (INPUT_FIELDS | {name: name for name in (*scorers, *sources)}).items():
         spec = fields.get(field)
         if spec is None or spec == "zero":  # a critic without a model of its own
             continue
@@ -225,7 +226,7 @@ def _digest(name: str, spec: str) -> str | None:
 
 
 def _is_no_model(name: str, spec: str) -> bool:
-    return name.startswith(("data.", "replay", SCORERS)) or (name == "reward" and ":" in spec)
+    return name.startswith(("data.", "replay", SCORERS)) or (name.startswith("reward") and ":" in spec)
 
 
 def _place(name: str, spec: str) -> Path:

@@ -18,7 +18,8 @@ from rlhf.models.roles import Roles
 from rlhf.rollout.engines import Engine, Samples
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.rewards import Reader, RewardSource
+from rlhf.rollout.readers import Reader
+from rlhf.rollout.rewards import CombinedReward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import Scored, join, score
 from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
@@ -35,7 +36,7 @@ class Collection:
     policy: nn.Module
     """As the engine made it: `roles.policy` is inside."""
     engine: Engine
-    reward: RewardSource
+    reward: CombinedReward
     minibatch_size: int
     """Replies: a row goes to the rank and into the micro-batch in which the first epoch takes it."""
     scorers: Sequence[Reader] = ()
@@ -58,7 +59,7 @@ class Collection:
             else:
                 samples = known.rows(drawn)
         with train.phase("score"):
-            scored = Scored(samples, self.reward(samples, [asked[row].text for row in drawn]))
+            scored = Scored(samples, self.reward(samples, [asked[row] for row in drawn]))
         return join(*self._of_all(mine, scored))
 
     def experience(self, scored: Scored, sampling: Sampling) -> Experience:
@@ -79,8 +80,7 @@ class Collection:
         asked = list(self.held_out) * config.eval.samples_per_prompt
         sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
         experience = self(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
-        texts = [prompt.text for prompt in asked]
-        metrics, samples = evaluate(experience, texts, self.scorers, self.roles.tokenizer, config.report.samples)
+        metrics, samples = evaluate(experience, asked, self.scorers, self.roles.tokenizer, config.report.samples)
         recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
         return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 

@@ -104,8 +104,8 @@ def whitening(checks: Checks, experience: Experience, config: PpoConfig) -> None
         assert experience.advantages is not None
         assert experience.returns is not None
         assert experience.values is not None
-        moments = Moments.of(experience.advantages, experience.mask)
-        variance = Moments.of(experience.returns - experience.values, experience.mask).variance
+        moments = Moments.of(experience.advantages, experience.learned)
+        variance = Moments.of(experience.returns - experience.values, experience.learned).variance
         expected = math.sqrt(variance / (variance + WHITENING_EPS))  # not 1 where there is next to nothing to whiten
         good = abs(moments.mean) < 1e-5 and abs(moments.std - expected) < 1e-3
         measured = f"mean {moments.mean:.1e}, std {moments.std:.4f}"

@@ -24,7 +24,7 @@ def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, k
     assert part.advantages is not None
     assert part.weights is not None
     assert output.logprobs is not None
-    logprobs, mask, weights = part.spread(output.logprobs), part.mask, part.weights
+    logprobs, mask, weights = part.spread(output.logprobs), part.learned, part.weights
     corrected, told = weights, {}
     if update.importance_cap:
         apart, told = importance_weights(part.logprobs, part.sampled_logprobs, mask, update.importance_cap)

@@ -64,7 +64,7 @@ def probe_dropout(checks: Checks, policy: nn.Module, experience: Experience, dev
 def probe_credit(checks: Checks, experience: Experience, config: PpoConfig) -> None:
     """Where the score sits, and which way the KL term pushes."""
     assert experience.rewards is not None
-    scores = shaped_scores(experience.scores, experience.finished, config.reward, RunningScores())
+    scores = shaped_scores(experience, config.reward, RunningScores())
     lengths = experience.mask.sum(1)
     expected = torch.zeros_like(experience.rewards)
     expected[torch.arange(len(scores)), lengths - 1] = scores

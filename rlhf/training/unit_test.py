@@ -98,7 +98,7 @@ def _run(config: PpoConfig, ppo: Ppo, checks: Checks | None, length: int | None 
         probes.probe_dropout(checks, policy, experience, train.device)
         probes.probe_credit(checks, experience, config)
         probes.probe_loss(checks, experience, loss_of, inner.parameters())
-        for name, role in (("reference", roles.reference), ("reward model", roles.reward)):
+        for name, role in {"reference": roles.reference, **roles.rewards}.items():
             if role is not None:
                 model = train.accelerator.unwrap_model(role.model)
                 frozen[name] = partial(model.weights_of, role.role), probes.weights_digest(model.weights_of(role.role))

@@ -331,3 +331,20 @@ def test_rows_ask_the_same_however_they_are_written(tmp_path: Path) -> None:
     assert others[2] == others[3]
     assert others[4] == others[5]
     assert "A prompt seen before is repeated in 4 rows." in read_rows(path, "sft").notes
+
+
+def test_columns_that_somebody_asks_for(tmp_path: Path) -> None:
+    """They are no unknown columns, and every row has them; a field of the row may be asked for, too."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "gold": 7, "completion": "c"}\n{"prompt": "p", "gold": null}\n{"prompt": "p"}\n')
+    asked = {"gold": "verify:exact", "completion": "mine.py:f"}
+    with pytest.raises(DataError) as refused:
+        read_rows(path, "prompt", asked={"gold": "verify:exact"})
+    lines = str(refused.value).split("\n")
+    assert [line.partition(": ")[0] for line in lines] == [f"{path}:2", f"{path}:3"]
+    assert "gold is null, which verify:exact asks for" in lines[0]
+    assert "gold is missing, which verify:exact asks for; the row has prompt" in lines[1]
+    path.write_text('{"prompt": "p", "gold": 7, "completion": "c"}\n')
+    assert read_rows(path, "prompt", asked=asked).rows[0].others == {"gold": 7, "completion": "c"}
+    with pytest.raises(DataError, match="unknown column 'gold'"):
+        read_rows(path, "prompt", asked={"completion": "mine.py:f"})

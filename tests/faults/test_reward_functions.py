@@ -14,7 +14,7 @@ import pytest
 
 from rlhf.errors import DataError
 from rlhf.rollout.functions import FunctionProcess
-from rlhf.rollout.rewards import checked_scores
+from rlhf.rollout.readers import checked_scores
 
 PROMPTS, RESPONSES = ["a", "b"], ["x y", "z"]
 ROOM_S = 5
@@ -141,6 +141,7 @@ def call(file: Path, name: str, timeout_s: float = 60, retries: int = 2):
 def test_scores_are_what_the_function_returned(file):
     assert call(file, "lengths") == [3.0, 1.0]
     assert call(file, "deque") == [0.5, 1.0]
+    assert call(file, "some_none") == [1.0, None]
 
 
 @pytest.mark.slow
@@ -205,7 +206,6 @@ def test_what_hangs_takes_its_own_children_along(file, started):
         ("text", "returned str, expected a list of 2 numbers"),
         ("generator", "returned generator, expected a list of 2 numbers"),
         ("mapping", "returned dict, expected a list of 2 numbers"),
-        ("some_none", "the score of reply 1 is None, expected a number"),
         ("some_text", "the score of reply 0 is '1.0', expected a number"),
         ("some_thing", r"the score of reply 1 is 'Text Text\(words=3\)', expected a number"),
         ("huge", r"the score of reply 0 is 1e\+39, more than float32 holds"),
@@ -247,7 +247,6 @@ def test_it_is_a_child_like_any_other(file, monkeypatch):
         ("nowhere.py:f", "cannot import 'nowhere.py': FileNotFoundError"),
         ("mine.py:f", "mine.py has no function 'f'"),
         ("mine.py:HERE", "mine.py has no function 'HERE'"),
-        ("mine.py:line", "asks for answers; what can be given is prompts, responses"),
         ("broken.py:f", r"cannot import 'broken.py': ZeroDivisionError at \S*broken.py:2: division by zero"),
         ("broken.py:g", r"cannot import 'broken.py': ZeroDivisionError"),
         ("typo.py:f", r"cannot import 'typo.py': SyntaxError: .*typo.py, line 1"),
@@ -257,7 +256,6 @@ def test_it_is_a_child_like_any_other(file, monkeypatch):
 )
 def test_a_mistake_is_told_when_it_is_loaded(source, message, file, monkeypatch):
     monkeypatch.chdir(file.parent)
-    file.write_text(MODULE + "\ndef line(answers):\n    return []\n")
     for name, text in {
         "broken": "def f(responses): ...\n1 / 0\n",
         "typo": "def f(:\n",

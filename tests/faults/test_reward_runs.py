@@ -44,10 +44,10 @@ def test_a_run_goes_on_after_a_failed_try(world, tmp_path, processes):
     ("body", "reason"),
     [
         ("time.sleep(1000)", "gave no answer within 2 s"),
-        ("return [1.0] + [None] * (len(responses) - 1)", "the score of reply 1 is None"),
+        ("return [1.0] + ['2'] * (len(responses) - 1)", "the score of reply 1 is '2'"),
         ("os._exit(3)", "exit code 3"),
     ],
-    ids=["hangs", "none", "dies"],
+    ids=["hangs", "text", "dies"],
 )
 def test_a_run_ends_with_a_word(world, tmp_path, processes, body, reason):
     (tmp_path / "mine.py").write_text(f"import os, time\ndef f(responses):\n    {body}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import socket
 import ssl
@@ -20,7 +21,7 @@ from harness import flags, metrics, run
 from rlhf.config.parse import parse
 from rlhf.errors import ConfigError, DataError, StorageError
 from rlhf.rollout import services
-from rlhf.rollout.rewards import checked_scores
+from rlhf.rollout.readers import checked_scores
 from rlhf.rollout.services import RewardService, is_public, seconds_of
 
 PROMPTS, RESPONSES = ["a b", "c"], ["x y z", "naïve \ud800"]
@@ -103,6 +104,11 @@ def drips_body(handler) -> None:
         time.sleep(0.05)
 
 
+def hangs(handler) -> None:
+    """Takes the request, and says nothing."""
+    time.sleep(3)
+
+
 def sends_a_gigabyte(handler) -> None:
     handler.send_response(200)
     handler.end_headers()
@@ -165,7 +171,7 @@ def test_retry_after_is_waited_for(service, monkeypatch):
     assert seconds_of("Fri, 31 Dec 2999 23:59:59 GMT") == 60
 
 
-@pytest.mark.parametrize("slow", [drips_headers, drips_body])
+@pytest.mark.parametrize("slow", [drips_headers, drips_body, hangs])
 def test_a_slow_service_has_a_deadline(service, slow):
     service.behaviours = [slow]
     start = time.monotonic()
@@ -206,7 +212,6 @@ def test_an_endless_body_is_not_read(service):
         (b'{"scores": [1]}', "returned 1 values, expected a list of 2"),
         (b'{"scores": 1}', "returned int, expected a list of 2"),
         (b'{"scores": "12"}', "returned str, expected a list of 2"),
-        (b'{"scores": [1, null]}', "the score of reply 1 is None"),
         (b'{"scores": ["1", 2]}', "the score of reply 0 is '1'"),
         (b'{"scores": [1e300, 2]}', "the score of reply 0 is 1e[+]300, more than float32 holds"),
         pytest.param(
@@ -221,6 +226,22 @@ def test_wrong_scores_end_the_run_at_once(service, body, message):
     with pytest.raises(DataError, match=message):
         checked_scores(client(service)(PROMPTS, RESPONSES), 2, service.url)
     assert len(service.asked) == 1
+
+
+def test_no_score_and_no_number_are_passed_on(service):
+    """A reply without a score is masked; NaN is for the run to judge (non_finite)."""
+    service.behaviours = [says(200, b'{"scores": [null, NaN]}')]
+    none, nan = checked_scores(client(service)(PROMPTS, RESPONSES), 2, service.url)
+    assert none is None
+    assert nan is not None
+    assert math.isnan(nan)
+
+
+def test_only_hosts_on_the_list_are_asked(service):
+    with pytest.raises(ConfigError, match=r"127.0.0.1 is not among reward.allow_hosts \(reward.example\)"):
+        RewardService(service.url, 5, 0, allow_private=True, allow_hosts=["reward.example"])
+    listed = RewardService(service.url, 5, 0, allow_private=True, allow_hosts=["reward.example", "127.0.0.1"])
+    assert listed(PROMPTS, RESPONSES) == LENGTHS
 
 
 @pytest.mark.parametrize("status", [201, 400, 401, 404])

@@ -52,7 +52,6 @@ def cut_rows(model: Path) -> None:
 
 
 REFUSED = {
-    "the reward model reads other words": ("reward", swap_words, "the tokenizer of the reward model"),
     "the critic has a token more": ("critic", add_token, "the tokenizer of the critic"),
     "the reference pads with another token": ("reference", pad_is_eos, "the tokenizer of the reference"),
     "the reference has a chat template": ("reference", other_template, "the template of the reference"),
@@ -72,6 +71,31 @@ def test_ppo_refuses_a_tokenizer_that_is_not_the_actors(llamas: Path, tmp_path: 
     assert message in error
     assert str(other) in error
     assert str(llamas / "model") in error
+
+
+def test_a_reward_model_that_reads_other_words_is_given_text(llamas: Path, tmp_path: Path) -> None:
+    """Its rows of the embedding are swapped like its words: it reads the same, and so the run is the same."""
+    other, log = Path(shutil.copytree(llamas / "critic", tmp_path / "other")), tmp_path / "log"
+    swap_words(other)
+    weights = load_file(other / "model.safetensors")
+    rows = weights["model.embed_tokens.weight"]
+    rows[[2, 3]] = rows[[3, 2]].clone()  # a and b
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    for name, reward in (("one", llamas / "critic"), ("two", other)):
+        more = {"reward": reward, "schedule__length": 2, "data__eval": "null"}
+        assert run("ppo", flags("ppo", llamas, tmp_path / name, **more), log) == 0, log.read_text()
+    assert (
+        f"the tokenizer of the reward model {other} is not the actor's: it reads replies as text, as plain text"
+        in log.read_text()
+    )
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for raw in ("reward/score", "reward/score_std"):  # a random policy says pads, which are no text, where it finds no end
+            del one[raw], two[raw]
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+    log.unlink()
+    refused = flags("ppo", llamas, tmp_path / "no", reward=other, critic="null")
+    assert run("ppo", refused, log) == 65
+    assert "set roles.critic to `zero`, or to a model that has the actor's" in log.read_text()
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])

@@ -180,25 +180,44 @@ def test_e12_empty_and_full_responses_are_finite(length: int) -> None:
 
 
 SCORES = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=torch.float64)
+ALL = torch.ones(2, 3, dtype=torch.bool)
 
 
 def test_baselines_by_hand() -> None:
     """Means 3 and 4; without the reply itself (2 + 6) / 2, (1 + 6) / 2, (1 + 2) / 2."""
-    assert BASELINES["grpo"](SCORES).tolist() == BASELINES["reinforce++-baseline"](SCORES).tolist() == [[3.0] * 3, [4.0] * 3]
-    assert BASELINES["rloo"](SCORES).tolist() == [[4.0, 3.5, 1.5], [4.0] * 3]
-    assert BASELINES["reinforce++"](SCORES).abs().sum() == 0
+    assert (
+        BASELINES["grpo"](SCORES, ALL).tolist()
+        == BASELINES["reinforce++-baseline"](SCORES, ALL).tolist()
+        == [[3.0] * 3, [4.0] * 3]
+    )
+    assert BASELINES["rloo"](SCORES, ALL).tolist() == [[4.0, 3.5, 1.5], [4.0] * 3]
+    assert BASELINES["reinforce++"](SCORES, ALL).abs().sum() == 0
 
 
 def test_leave_one_out_is_the_centred_score_scaled() -> None:
     """s_i - mean of the others = (s_i - mean) K / (K - 1), and does not depend on s_i otherwise: unbiased."""
     expected = (SCORES - SCORES.mean(1, keepdim=True)) * 3 / 2
-    torch.testing.assert_close(SCORES - BASELINES["rloo"](SCORES), expected)
+    torch.testing.assert_close(SCORES - BASELINES["rloo"](SCORES, ALL), expected)
     changed = SCORES.clone()
     changed[0, 0] += 10
-    assert BASELINES["rloo"](changed)[0, 0] == BASELINES["rloo"](SCORES)[0, 0]
+    assert BASELINES["rloo"](changed, ALL)[0, 0] == BASELINES["rloo"](SCORES, ALL)[0, 0]
 
 
 def test_deviation_is_that_of_a_sample() -> None:
-    np.testing.assert_allclose(deviation(SCORES, "group")[:, 0], np.std(SCORES.numpy(), axis=1, ddof=1) + 1e-4)
-    np.testing.assert_allclose(deviation(SCORES, "batch"), np.full((2, 3), np.std(SCORES.numpy(), ddof=1) + 1e-4))
-    assert same_scores(SCORES).tolist() == [False, True]
+    np.testing.assert_allclose(deviation(SCORES, ALL, "group")[:, 0], np.std(SCORES.numpy(), axis=1, ddof=1) + 1e-4)
+    np.testing.assert_allclose(deviation(SCORES, ALL, "batch"), np.full((2, 3), np.std(SCORES.numpy(), ddof=1) + 1e-4))
+    assert same_scores(SCORES, ALL).tolist() == [False, True]
+
+
+def test_a_reply_without_a_score_is_in_no_baseline() -> None:
+    """Of (1, -, 6) the mean is 3.5, the others' are 6 and 1, the deviation 5 / sqrt 2; whatever stands in its place."""
+    kept = torch.tensor([[True, False, True], [False, False, True]])
+    for absent in (torch.nan, 1e9):
+        scores = SCORES.masked_fill(~kept, absent)
+        assert BASELINES["grpo"](scores, kept)[0].tolist() == [3.5] * 3
+        assert BASELINES["rloo"](scores, kept)[0, ::2].tolist() == [6.0, 1.0]
+        assert BASELINES["rloo"](scores, kept)[1, 2] == 4.0  # its own: there is no other
+        assert deviation(scores, kept, "group")[0, 0].item() == pytest.approx(5 / 2**0.5 + 1e-4)
+        assert deviation(scores, kept, "batch")[0, 0].item() == pytest.approx(np.std([1, 6, 4], ddof=1) + 1e-4)
+        assert same_scores(scores, kept).tolist() == [False, True]
+    assert same_scores(SCORES, torch.zeros(2, 3, dtype=torch.bool)).tolist() == [True, True]

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config.schema import PpoConfig
-from rlhf.data.collate import TokenBatch, reply_row, token_batch
+from rlhf.data.collate import TokenBatch, last_row, reply_row, token_batch
 from rlhf.errors import DataError
 from rlhf.models import trunk
 from rlhf.models.actor_critic import ActorCritic, role_of
@@ -237,3 +238,27 @@ def test_a_whole_reward_model_is_refused(sources):
         opened(sources, reward="sft")
     with pytest.raises(DataError, match="not a policy"):
         opened(sources, actor="rm")
+
+
+def test_an_ensemble_of_adapters_on_one_base(sources, tmp_path):
+    """Each scores as it does on a base of its own, and the critic starts from the one that is named."""
+    shutil.copytree(sources / "rm", tmp_path / "rm")
+    weights = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "rm" / "adapter_model.safetensors", {"format": "pt"}
+    )
+    places = {"one": sources / "rm", "two": tmp_path / "rm"}
+    config = {
+        "output": "none", "precision": "fp64", "data": {"train": "none"}, "lora": {"rank": 2},
+        "roles": {"actor": str(sources / "sft"), "critic": str(places["two"]), "mode": "adapters"},
+        "reward": {"sources": {name: {"source": str(place)} for name, place in places.items()}, "combine": "min"},
+    }  # fmt: skip
+    roles = open_ppo(PpoConfig.model_validate(config))
+    rows = token_batch([last_row([2, 3, 4], [5, 6]), last_row([7], [8])])
+    for name, place in places.items():
+        alone = ActorCritic(critic=plain(sources, str(place), True))(rows, roles=("critic",)).values
+        assert torch.allclose(roles.rewards[name].scores(rows), alone, rtol=0, atol=1e-12)
+    two = roles.rewards["two"].scores(rows)
+    assert torch.equal(roles.policy(rows, roles=("critic",)).values, two)
+    assert not torch.allclose(roles.rewards["one"].scores(rows), two)
+    assert not [name for name, weight in roles.policy.named_parameters() if weight.requires_grad and ".reward_" in name]

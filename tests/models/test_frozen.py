@@ -64,8 +64,11 @@ def places(model: nn.Module) -> dict[str, int]:
 
 def of_roles(roles: Roles) -> dict[str, nn.Module]:
     assert roles.reference is not None
-    assert roles.reward is not None
-    return {"reference": roles.reference.model.actor, "critic": roles.policy.critic, "reward": roles.reward.model.critic}  # pyright: ignore
+    return {
+        "reference": roles.reference.model.actor,
+        "critic": roles.policy.critic,
+        "reward": roles.rewards["reward"].model.critic,
+    }  # pyright: ignore
 
 
 def test_frozen_layers_are_in_memory_once(sources):
@@ -116,9 +119,8 @@ def test_frozen_layers_compute_what_copies_do(sources):
                 weight.sub_(weight.grad)
     for roles in (one, copies):
         assert roles.reference is not None
-        assert roles.reward is not None
     assert torch.equal(one.reference.logprobs(batch(), 1.0), copies.reference.logprobs(batch(), 1.0))  # pyright: ignore
-    assert torch.equal(one.reward.scores(whole), copies.reward.scores(whole))  # pyright: ignore
+    assert torch.equal(one.rewards["reward"].scores(whole), copies.rewards["reward"].scores(whole))  # pyright: ignore
     assert all(torch.equal(tensor, before[name]) for name, tensor in of_roles(one)["reference"].state_dict().items())
 
 
@@ -197,11 +199,11 @@ def test_frozen_layers_are_computed_once_for_all_roles(sources, precision, check
             with torch.no_grad():
                 for weight in roles.policy.parameters():
                     weight.sub_(weight.grad if weight.grad is not None else 0)
-    for ours, theirs in ((kept.reference, again.reference), (kept.reward, again.reward)):
+    for ours, theirs in ((kept.reference, again.reference), (kept.rewards["reward"], again.rewards["reward"])):
         assert ours is not None
         assert theirs is not None
     assert torch.equal(kept.reference.logprobs(batch(), 0.7), again.reference.logprobs(batch(), 0.7))  # pyright: ignore
-    assert torch.equal(kept.reward.scores(rows), again.reward.scores(rows))  # pyright: ignore
+    assert torch.equal(kept.rewards["reward"].scores(rows), again.rewards["reward"].scores(rows))  # pyright: ignore
     assert computed == ["layer 0", "layer 1"]
     assert len(computed_again) == 2 * (3 * 2 + 2)
     forget_rows(kept.policy)

@@ -9,6 +9,7 @@ from rlhf.config.schema import GrpoConfig
 from rlhf.rollout.credit import RunningScores, credit_without_critic
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience
+from rlhf.rollout.rewards import Scores
 from rlhf.rollout.scoring import Scored, in_places_of
 
 SCORES = [1.0, 3.0, 2.0, 2.0]
@@ -65,7 +66,10 @@ def test_prompts_that_all_score_the_same_are_not_scaled_up() -> None:
 
 
 def test_remax_compares_with_the_greedy_reply() -> None:
-    greedy = Scored(Samples([[2]] * 2, [[1]] * 2, [[0.0]] * 2, [True] * 2, 0), torch.tensor([0.5, 4.0]))
+    greedy = Scored(
+        Samples([[2]] * 2, [[1]] * 2, [[0.0]] * 2, [True] * 2, 0),
+        Scores(torch.tensor([0.5, 4.0]), torch.ones(2, dtype=torch.bool), {}),
+    )
     torch.testing.assert_close(advantages("remax", "loss", greedy)[:, 0], torch.tensor([0.5, 2.5, -2.0, -2.0]))
 
 
@@ -80,12 +84,15 @@ def test_reinforce_plus_plus_is_white_over_all_tokens() -> None:
 def test_prompts_that_teach_nothing_give_way() -> None:
     def group(name: str, scores: list[float]) -> Scored:
         count = len(scores)
-        return Scored(Samples([[ord(name)]] * count, [[1]] * count, [[0.0]] * count, [True] * count, 0), torch.tensor(scores))
+        return Scored(
+            Samples([[ord(name)]] * count, [[1]] * count, [[0.0]] * count, [True] * count, 0),
+            Scores(torch.tensor(scores), torch.ones(count, dtype=torch.bool), {}),
+        )
 
     first, more = group("a", [1.0, 1.0, 0.0, 2.0, 3.0, 3.0]), group("b", [5.0, 5.0, 6.0, 7.0])
     asked, scored = in_places_of(["p", "q", "r"], first, [0, 2], ["x", "y"], more)
     assert asked == ["y", "q", "r"]  # x scores the same as well, and there is no third
-    assert scored.scores.tolist() == [6.0, 7.0, 0.0, 2.0, 3.0, 3.0]
+    assert scored.scores.scores.tolist() == [6.0, 7.0, 0.0, 2.0, 3.0, 3.0]
     assert [chr(prompt[0]) for prompt in scored.samples.prompts] == list("bbaaaa")
 
 

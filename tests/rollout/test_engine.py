@@ -13,7 +13,8 @@ from rlhf.errors import DataError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import Loading, load_actor, load_tokenizer
 from rlhf.rollout.engines import NativeEngine
-from rlhf.rollout.rewards import CountReward, checked_scores
+from rlhf.rollout.readers import checked_scores
+from rlhf.rollout.rewards import CountReward
 from rlhf.rollout.sampling import Sampling, sample, uniform
 from rlhf.training.tiny import write_tiny_model
 
@@ -95,6 +96,6 @@ def test_rewards_say_what_is_wrong(tiny):
     tokenizer = load_tokenizer(str(tiny / "model"))
     with pytest.raises(DataError, match="no single token"):
         CountReward("zebra", tokenizer)
-    for bad, message in (([1.0], "1 values, expected a list of 2"), ([1.0, None], "reply 1 is None"), (3, "int, expected")):
+    for bad, message in (([1.0], "1 values, expected a list of 2"), ([1.0, "2"], "reply 1 is '2'"), (3, "int, expected")):
         with pytest.raises(DataError, match=message):
             checked_scores(bad, 2, "mine.py:f")

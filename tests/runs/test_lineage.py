@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.load import load
+from rlhf.config.parse import parse
 from rlhf.config.schema import STAGES, Stage
 from rlhf.digest import file_digest, tree_digest
 from rlhf.errors import DataError
@@ -69,6 +70,21 @@ def test_rewards_that_are_functions() -> None:
     assert polite["digest"] != rude["digest"]
     change("reward.py")
     assert polite != inputs_of("ppo", config("ppo", actor="base", reward="reward.py:polite"))["reward"]
+
+
+@pytest.mark.usefixtures("runs")
+def test_each_of_several_rewards_is_an_input() -> None:
+    Path("reward.py").write_text("def polite(responses): ...")
+    words = ["--actor=base", "--critic=zero", "--data=prompts.jsonl", "--output=out", "--reward.sources.helpful.source=rm"]
+    words += ["--reward.sources.polite.source=reward.py:polite", "--reward.sources.right.source=verify:exact"]
+    found = inputs_of("ppo", parse("ppo", words).config)
+    assert found["reward.sources.helpful.source"]["digest"] == tree_digest("rm/model")
+    assert found["reward.sources.helpful.source"]["parent"] == file_digest("rm/run.json")
+    assert found["reward.sources.right.source"] == {"path": "verify:exact", "digest": None, "parent": None}
+    assert "reward" not in found
+    change("reward.py")
+    changed = inputs_of("ppo", parse("ppo", words).config)
+    assert [name for name in found if found[name] != changed[name]] == ["reward.sources.polite.source"]
 
 
 def test_a_hub_model_is_known_by_name() -> None:

@@ -71,10 +71,10 @@ def in_score(module: ModuleType, fault: Fault) -> None:
         reward = plain(*arguments)
 
         def broken(*of):
-            scores = reward(*of)
+            found = reward(*of)
             if fault.is_now():
-                scores[1] = math.nan
-            return scores
+                found.scores[1] = math.nan
+            return found
 
         return broken
 

@@ -94,7 +94,7 @@ def test_a_finished_run_on_two_processes_ends_both(world, tmp_path):
 def test_the_rank_that_fails_says_why(world, tmp_path):
     log = tmp_path / "log"
     (tmp_path / "mine.py").write_text(
-        "import os\ndef mine(responses):\n    return [None if os.environ['RANK'] == '1' else 0] * len(responses)\n"
+        "import os\ndef mine(responses):\n    return ['' if os.environ['RANK'] == '1' else 0] * len(responses)\n"
     )
     arguments = flags("ppo", world, tmp_path / "ppo", reward=f"{tmp_path}/mine.py:mine", schedule__length=1)
     codes = [wait(pid) for pid in start_on(2, "ppo", arguments, log)]
