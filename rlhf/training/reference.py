@@ -7,6 +7,7 @@ as it started any more.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,6 +108,8 @@ def require_equal_start(train: Training, batch: Sequence[int]) -> None:
     if train.diverted or len(set(batch)) < len(batch):
         return
     drift, checks = train.reduce(train.stats)["drift"], Checks()
+    if not math.isfinite(drift):
+        return  # the loss is not either, and what becomes of that is settled in one place
     within, words = (COMPILED_TOLERANCE, f"within {COMPILED_TOLERANCE}") if train.config.compile else (0.0, "exactly 0")
     checks.expect("drift at step 0", drift <= within, drift, f"the policy starts as the reference: |log ratio| is {words}")
     checks.require()

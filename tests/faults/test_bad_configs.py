@@ -14,6 +14,8 @@ SECONDS = 3.0  # of CPU: what others do on the machine is not the command's
 REQUIRED = {
     "sft": ["--output=run", "--model=model", "--data=rows.jsonl"],
     "rm": ["--output=run", "--model=model", "--data=rows.jsonl"],
+    "dpo": ["--output=run", "--model=model", "--data=rows.jsonl"],
+    "kto": ["--output=run", "--model=model", "--data=rows.jsonl"],
     "ppo": ["--output=run", "--actor=model", "--reward=count:a", "--critic=zero", "--data=rows.jsonl"],
 }
 
