@@ -235,6 +235,7 @@ def test_no_score_is_no_zero(place, functions):
     assert found.scores.isnan().tolist() == [False, False, True, False]
     assert found.scores[found.kept].tolist() == [5 + 10, 1, 3]
     assert found.components["count"].tolist() == [1, 0, 0, 0]
+    assert found.components["some"].isnan().tolist() == [False, False, True, False]
 
 
 def test_what_fails_masks_where_that_is_asked_for(place, functions, capfd):
