@@ -61,6 +61,7 @@ def test_two_updates(tmp_path):
     with torch.no_grad():
         scores = policy(rows, roles=("critic",)).values
     samples = Samples(prompts, replies, [[0.0] * REPLY] * ROWS, [False] * ROWS, 0)
+    all_scored = Scores(scores, torch.ones(ROWS, dtype=torch.bool), {})
     everything = [(range(ROWS), 1.0)]
     experience = score(
         Scored(samples, Scores(scores, torch.ones(ROWS, dtype=torch.bool), {})),

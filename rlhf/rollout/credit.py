@@ -139,7 +139,8 @@ def shaped_scores(experience: Experience, config: Reward, running: RunningScores
     this order; of a reply without one, a number that no formula after it looks at."""
     scored = experience.scored
     scores = config.weight * zero_outside(experience.scores.to(experience.logprobs.dtype), scored)
-    running.see(scores, scored)
+    if config.normalize == "running":
+        running.see(scores, scored)
     return _shaped(scores, experience.mask.sum(1), experience.finished, config, running)
 
 

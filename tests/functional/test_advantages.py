@@ -185,11 +185,8 @@ ALL = torch.ones(2, 3, dtype=torch.bool)
 
 def test_baselines_by_hand() -> None:
     """Means 3 and 4; without the reply itself (2 + 6) / 2, (1 + 6) / 2, (1 + 2) / 2."""
-    assert (
-        BASELINES["grpo"](SCORES, ALL).tolist()
-        == BASELINES["reinforce++-baseline"](SCORES, ALL).tolist()
-        == [[3.0] * 3, [4.0] * 3]
-    )
+    for estimator in ("grpo", "reinforce++-baseline"):
+        assert BASELINES[estimator](SCORES, ALL).tolist() == [[3.0] * 3, [4.0] * 3]
     assert BASELINES["rloo"](SCORES, ALL).tolist() == [[4.0, 3.5, 1.5], [4.0] * 3]
     assert BASELINES["reinforce++"](SCORES, ALL).abs().sum() == 0
 

@@ -38,6 +38,10 @@ def advantages(estimator: str, place: str, greedy: Scored | None = None, **grpo:
     return credited.advantages
 
 
+def scores(values: list[float]) -> Scores:
+    return Scores(torch.tensor(values), torch.ones(len(values), dtype=torch.bool), {})
+
+
 KL = [[0.2, -1.0], [0.0], [-0.5, 0.0], [1.0]]
 TO_GO = [[-COEF * sum(row[t:]) for t in range(len(row))] for row in KL]
 
@@ -68,7 +72,7 @@ def test_prompts_that_all_score_the_same_are_not_scaled_up() -> None:
 def test_remax_compares_with_the_greedy_reply() -> None:
     greedy = Scored(
         Samples([[2]] * 2, [[1]] * 2, [[0.0]] * 2, [True] * 2, 0),
-        Scores(torch.tensor([0.5, 4.0]), torch.ones(2, dtype=torch.bool), {}),
+        scores([0.5, 4.0]),
     )
     torch.testing.assert_close(advantages("remax", "loss", greedy)[:, 0], torch.tensor([0.5, 2.5, -2.0, -2.0]))
 
@@ -82,11 +86,11 @@ def test_reinforce_plus_plus_is_white_over_all_tokens() -> None:
 
 
 def test_prompts_that_teach_nothing_give_way() -> None:
-    def group(name: str, scores: list[float]) -> Scored:
-        count = len(scores)
+    def group(name: str, values: list[float]) -> Scored:
+        count = len(values)
         return Scored(
             Samples([[ord(name)]] * count, [[1]] * count, [[0.0]] * count, [True] * count, 0),
-            Scores(torch.tensor(scores), torch.ones(count, dtype=torch.bool), {}),
+            scores(values),
         )
 
     first, more = group("a", [1.0, 1.0, 0.0, 2.0, 3.0, 3.0]), group("b", [5.0, 5.0, 6.0, 7.0])

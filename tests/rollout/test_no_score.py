@@ -83,23 +83,24 @@ class Policy(nn.Module):
         mask = of.mask.bool()
         self.logprobs, self.values = nn.Parameter(of.logprobs[mask] + 0.1), nn.Parameter(of.values[mask] - 0.1)
 
-    def forward(self, batch, temperature: float) -> Output:
+    def forward(self, batch, temperature: float, entropy: bool) -> Output:
         return Output(self.logprobs, self.values)
 
 
 def test_no_loss_and_no_gradient_comes_of_it():
     stage, found = stage_module("ppo"), credit(experience(), config(), 0.05, RunningScores())[0]
+    found = found.weighed(range(4), "tokens", 4)
     stats, policy = Stats(), Policy(found)
-    loss = stage.ppo_loss(policy, found, config(), torch.device("cpu"), stats)
+    loss = stage.ppo_loss(policy, found, config(), 0.05, stats)
     loss.backward()
     rows = torch.arange(4).unsqueeze(1).expand(4, 4)[MASK.bool()]
     for gradient in (policy.logprobs.grad, policy.values.grad):
         assert gradient is not None
         assert not gradient[rows == 1].any()
         assert gradient[rows != 1].all()
-    assert stats.sums["policy/loss"][1] == int(MASK[KEPT].sum())
+    assert stats.sums["policy/ratio"][1] == int(MASK[KEPT].sum())
     alone = found.rows([0, 2, 3])
-    without = stage.ppo_loss(Policy(alone), alone, config(), torch.device("cpu"), Stats())
+    without = stage.ppo_loss(Policy(alone), alone, config(), 0.05, Stats())
     assert float(loss.detach()) == pytest.approx(float(without.detach()), abs=1e-12)
 
 
