@@ -6,6 +6,7 @@ Child processes inherit the environment, so the stages run under the same rules.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import apart
@@ -27,3 +28,15 @@ def transformer_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its pure-Python wheel, and what that imports, in a folder of their own."""
     folder = tmp_path_factory.mktemp("transformer-engine")
     return apart.install(folder, *TRANSFORMER_ENGINE, "importlib_metadata", "zipp")
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """What a trainer of TRL settles for its whole process is not for the stages that later tests fork from it."""
+    before = dict(os.environ)
+    yield
+    from accelerate.state import AcceleratorState
+
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -21,6 +21,8 @@ from rlhf.rollout.experience import Experience
 from rlhf.training.losses import actor_loss
 from rlhf.training.tiny import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 SFT = [SftExample([2, 3, 4, 5, 1], [False, False, True, True, True]), SftExample([6, 7, 1], [False, True, True])]
 PAIRS = [PairExample([2, 3], [4, 1], [5, 6, 1]), PairExample([7], [8, 8, 8, 1], [9, 1])]
 

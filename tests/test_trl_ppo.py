@@ -63,15 +63,7 @@ def test_two_updates(tmp_path):
     samples = Samples(prompts, replies, [[0.0] * REPLY] * ROWS, [False] * ROWS, 0)
     all_scored = Scores(scores, torch.ones(ROWS, dtype=torch.bool), {})
     everything = [(range(ROWS), 1.0)]
-    experience = score(
-        Scored(samples, Scores(scores, torch.ones(ROWS, dtype=torch.bool), {})),
-        everything,
-        policy,
-        True,
-        reference,
-        TEMPERATURE,
-        0,
-    )
+    experience = score(Scored(samples, all_scored), everything, policy, True, reference, TEMPERATURE, 0)
     mask, values = experience.mask, experience.values
     rewards = token_rewards(scores, experience.logprobs, experience.reference_logprobs, mask, KL)
     advantages, returns = gae(rewards, values, mask, GAMMA, LAM)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from harness import stage_module
 from transformers import AutoTokenizer
@@ -20,21 +18,13 @@ from rlhf.models.load import Loading, load_actor
 from rlhf.training.reference import log_ratios, reply_logprobs
 from rlhf.training.tiny import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 CPU = torch.device("cpu")
 PAIRS = [PairExample([2, 3], [4, 1], [5, 6, 1]), PairExample([7], [8, 8, 8, 1], [9, 1]), PairExample([2, 3], [5, 1], [4, 4])]
 RATED = [RatedExample([2, 3], [4, 1], True), RatedExample([7], [8, 8, 8, 1], False), RatedExample([5, 5], [9, 6], True)]
 TEXTS = {"prompt": ["a b", "c c d"], "chosen": [" e f", " g"], "rejected": [" h", " a b a"]}
 ARGUMENTS = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """What a trainer settles for its whole process is not for the stages that later tests fork from it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

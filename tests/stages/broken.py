@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from rlhf.training import collection
 from rlhf.training.session import Training
 
 
@@ -82,7 +83,7 @@ def in_score(module: ModuleType, fault: Fault) -> None:
 
 
 def in_kl(module: ModuleType, fault: Fault) -> None:
-    plain = module.score
+    plain = collection.score
 
     def score(*arguments):
         found = plain(*arguments)
@@ -90,7 +91,7 @@ def in_kl(module: ModuleType, fault: Fault) -> None:
             found.reference_logprobs[1, 0] = -math.inf
         return found
 
-    module.score = score
+    collection.score = score  # in the fork
 
 
 def in_advantage(module: ModuleType, fault: Fault) -> None:

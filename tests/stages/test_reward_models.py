@@ -190,8 +190,7 @@ def test_every_mode_of_ppo_has_the_scale(mode, llamas, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(llamas / "model")
     texts = [row["prompt"] + row["completion"] for row in REFERENCE]
     batch = token_batch(last_row([], [*tokenizer(text)["input_ids"], END]) for text in texts)
-    assert roles.reward is not None
-    scores = roles.reward.scores(batch)
+    scores = roles.rewards["reward"].scores(batch)
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     if mode != "shared":
