@@ -25,7 +25,7 @@ STAGES = ("sft", "rm", "dpo", "kto", "ppo", "grpo")
 HELP = """\
 rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on human preferences
 
-  run PIPELINE     all three stages, one after the other   rlhf run quickstart
+  run PIPELINE     several stages, one after the other     rlhf run quickstart
   sft              supervised fine-tuning                  rlhf sft --config sft --model DIR --data chats.jsonl
   rm               a reward model from preferences         rlhf rm --config rm --model runs/sft --data pairs.jsonl
   dpo              DPO, IPO, SimPO, ORPO on preferences    rlhf dpo --config dpo --model runs/sft --data pairs.jsonl

@@ -38,7 +38,7 @@ from rlhf.models.roles import open_grpo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
 from rlhf.rollout.ahead import Ahead
-from rlhf.rollout.credit import RunningScores, credit_without_critic
+from rlhf.rollout.credit import RunningScores, credit_without_critic, groups_that_teach
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
@@ -91,7 +91,7 @@ def main(invocation: Invocation) -> None:
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
         followers = Followers(train, config, roles)
-        mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
+        mix = PretrainingMix(train, config.ptx, roles, config.micro_batch_size)
         batches = Batches(len(prompts), rollout.batch_size, train.seed("data"), config.schedule)
         others = Batches(len(prompts), rollout.batch_size, train.seed("resample"), Schedule(unit="steps"))
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
@@ -100,7 +100,7 @@ def main(invocation: Invocation) -> None:
         engine = open_engine(rollout, train, roles.stop_ids, roles.pad_id)
         engine.sync(policy, version=train.step_done)
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
-        recording = Recording(train.run, rollout, train.is_main, train.step_done)
+        recording = Recording(train.run, rollout, config.reward, train.is_main, train.step_done)
         who = train, config, roles, policy, engine, reward
         collect = Collection(*who, grpo.minibatch_size, scorers, held_out)
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
@@ -121,12 +121,14 @@ def main(invocation: Invocation) -> None:
             rows, seeds = rows_of(asked, "rollout", step)
             scored = recording.read(step, rows) or collect.replies(rows, seeds, sampling, ahead.take(step))
             for number in range(grpo.resample):
-                places = scored.same(rollout.samples_per_prompt)
-                if not places:
+                teach = groups_that_teach(scored, rollout.samples_per_prompt, config.reward, running)
+                if teach.all():
                     break
+                places = (~teach).nonzero().flatten().tolist()
                 drawn = [prompts[index] for index in others[step * grpo.resample + number]][: len(places)]
                 more = collect.replies(*rows_of(drawn, "resample", step, number), sampling)
-                asked, scored = in_places_of(asked, scored, places, drawn, more)
+                useful = groups_that_teach(more, rollout.samples_per_prompt, config.reward, running)
+                asked, scored = in_places_of(asked, scored, places, drawn, more, useful.nonzero().flatten().tolist())
 
             # 2, 3: what the policies think of it, and which reply gets how much of the praise
             experience = collect.experience(scored, sampling)
@@ -151,6 +153,7 @@ def main(invocation: Invocation) -> None:
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
             plan = list(minibatches(len(experience), grpo.minibatch_size, grpo.epochs, train.seed("update", step)))
+            first = step == 0
             with train.phase("update"):
                 for count, minibatch in enumerate(plan if usable else ()):
                     experience = experience.weighed(minibatch, grpo.aggregation, rollout.max_new_tokens)
@@ -163,14 +166,16 @@ def main(invocation: Invocation) -> None:
                         train.backward(micro.weight * grpo_loss(policy, part, config, kl.coef, stats_of))
                     if not train.optimizer_step():
                         continue
-                    if step == count == 0:
+                    if first:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
                         checks.require()
+                        first = False
                     train.stats.absorb(stats_here)
                     if grpo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > grpo.target_kl:
                         break
 
             # 5
+            checks.require()  # where no minibatch had a reply with a score
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             followers.follow(step)
@@ -186,8 +191,8 @@ def main(invocation: Invocation) -> None:
             train.result["after"] = collect.evaluation(train.step_done)
         train.consolidate()
         if train.is_main:
-            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
             followers.save_average()
+            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(train.result, ["model", *followers.outputs])
 
 

@@ -56,8 +56,9 @@ def main(invocation: Invocation) -> None:
 
         rows = read(config.data.train)
         others = mismatched(rows, config.data.max_length)
-        held_out = sorted(read(config.data.eval), key=len) if config.data.eval else []
-        held_out_others = mismatched(held_out, config.data.max_length) if held_out else []
+        held_out = read(config.data.eval) if config.data.eval else []
+        held_out_others = sorted(mismatched(held_out, config.data.max_length), key=len) if held_out else []
+        held_out = sorted(held_out, key=len)
 
         batches = Batches(len(rows), config.batch_size, train.seed("data"), config.schedule)
         once = ReferenceLogprobs(train, config.micro_batch_size)
@@ -112,7 +113,8 @@ def baseline(train: Training, config: KtoConfig, policy, others: Sequence[RatedE
         for micro in train.accumulate(others, config.micro_batch_size):
             ratios = log_ratios(reply_logprobs(policy, micro.items, train.device), micro.items)
             stats.add("baseline", micro.weight * ratios.sum(), micro.weight * len(ratios))
-    return max(0.0, train.reduce(stats)["baseline"])
+    found = train.reduce(stats)["baseline"]
+    return 0.0 if found < 0 else found  # NaN stays NaN, for the loss to show
 
 
 def desirable(rows: list[RatedExample], device: torch.device) -> torch.Tensor:

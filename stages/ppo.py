@@ -99,7 +99,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
         followers = Followers(train, config, roles)
-        mix = PretrainingMix(train, config.ptx, template, config.micro_batch_size)
+        mix = PretrainingMix(train, config.ptx, roles, config.micro_batch_size)
         rollout = config.rollout
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
         batches = Batches(len(prompts), config.rollout.batch_size, train.seed("data"), config.schedule)
@@ -109,7 +109,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         engine = open_engine(rollout, train, roles.stop_ids, roles.pad_id)
         engine.sync(policy, version=train.step_done)
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
-        recording = Recording(train.run, rollout, train.is_main, train.step_done)
+        recording = Recording(train.run, rollout, config.reward, train.is_main, train.step_done)
         who = train, config, roles, policy, engine, reward
         collect = Collection(*who, config.ppo.minibatch_size, scorers, held_out)
 
@@ -152,6 +152,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             warming_up = step < config.ppo.critic_warmup
             sizes = len(experience), config.ppo.minibatch_size, config.ppo.epochs
             plan = list(minibatches(*sizes, train.seed("update", step))) if usable else []
+            first = step == 0
             with train.phase("update"):
                 for count, minibatch in enumerate(plan):
                     experience = experience.weighed(minibatch, config.ppo.aggregation, rollout.max_new_tokens)
@@ -165,14 +166,16 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                         train.backward(micro.weight * ppo_loss(policy, part, config, kl.coef, stats_of, warming_up))
                     if not train.optimizer_step(frozen_roles=("actor",) if warming_up else ()):
                         continue
-                    if step == count == 0:
+                    if first:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
                         checks.require()
+                        first = False
                     train.stats.absorb(stats_here)
                     if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
                         break
 
             # 5
+            checks.require()  # where no minibatch had a reply with a score
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             followers.follow(step)
@@ -189,8 +192,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "critic", roles.tokenizer, merge=config.lora.merge)
-            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
             followers.save_average()
+            save_model(roles.actor, train.run / "model", roles.tokenizer, roles.generation, config.lora.merge)
         train.finish(train.result, ["model", "critic", *followers.outputs])
 
 

@@ -68,7 +68,7 @@ class Rollout(Section):
     server: str = "http://127.0.0.1:8000"
     """vllm: address of the server."""
     overlap: bool = False
-    """vllm: sample the next batch while this one's update runs, by the weights before it; needs ppo.importance_cap."""
+    """vllm: sample the next batch while this one's update runs, by the weights before it; needs an importance_cap."""
     record: bool = False
     """Keep the replies, log-probabilities and scores of every iteration in `rollouts/` of the run."""
     replay: Place | None = None
@@ -129,8 +129,8 @@ class Kl(Section):
             raise ValueError("estimator must be k2 or k3 with place `loss`: the expected gradient of k1 is 0")
         if self.refresh_keep and not self.refresh_every:
             raise ValueError("refresh_keep has no meaning with refresh_every 0, which never moves the reference")
-        if self.refresh_every and not self.coef:
-            raise ValueError("refresh_every must be 0 with coef 0: there is no reference to move")
+        if not self.coef and (self.refresh_every or self.place != "tokens"):
+            raise ValueError("refresh_every and place have no meaning with coef 0: there is no reference")
         return self
 
 
@@ -142,6 +142,13 @@ class Ptx(TextReading):
     """Weight of their loss, a mean over tokens, beside the policy's."""
     batch_size: Count = 8
     """Rows per optimizer step, over all processes."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> Ptx:
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.file is None and given:
+            raise ValueError(f"{given[0]} has no meaning without file: there are no rows to mix in")
+        return self
 
 
 class PolicyUpdate(Section):
@@ -203,7 +210,7 @@ class Grpo(PolicyUpdate):
     """grpo: advantages are divided by the deviation of the scores of their prompt, of all replies, or not at all (Dr. GRPO)."""
     resample: Annotated[int, Field(ge=0)] = 0
     """Rounds of other prompts, at most, that take the places of prompts whose replies all score the same (dynamic sampling,
-    DAPO). Those that remain teach nothing and are left out of the loss."""
+    DAPO). Those that remain have advantages of 0, and count in the mean of the loss."""
     epochs: Count = 1
     """Passes over each rollout batch."""
     aggregation: Literal["tokens", "replies", "constant"] = "replies"

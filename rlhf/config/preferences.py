@@ -76,6 +76,12 @@ class KtoLoss(Section):
     undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of undesirable replies."""
 
+    @model_validator(mode="after")
+    def _learns(self) -> KtoLoss:
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError("desirable_weight and undesirable_weight may not both be 0: nothing would be learned")
+        return self
+
 
 class PreferenceOptimizer(Optimizer):
     lr: Positive = 1e-6

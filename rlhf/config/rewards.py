@@ -15,7 +15,7 @@ VERIFIERS = ("exact", "numeric", "regex")
 ONLY = "reward"
 """The name of the source where there is one."""
 
-TAKEN = ("score", "score_std", "shaped", "masked", "disagreement", "length", "ended", "kl")
+TAKEN = ("score", "score_std", "shaped", "masked", "disagreement", "same_scores", "length", "ended", "kl")
 """Metrics of every run, beside those that bear the names of sources."""
 
 Kind = Literal["model", "count", "verifier", "function", "service"]
@@ -130,6 +130,8 @@ class Reward(RewardSource):
                 raise ValueError(f"{name} is {one}")
         if self.length_budget and not self.length_penalty:
             raise ValueError("length_budget has no meaning without length_penalty")
+        if self.allow_hosts and all(kind_of(part.source) != "service" for part in self.parts.values()):
+            raise ValueError("allow_hosts has no meaning without a service")
         return self
 
     @field_validator("sources")

@@ -281,6 +281,12 @@ class PolicyStage(Stage):
     def _starts_at_one(self) -> PolicyStage:
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0 here: the ratio of the first minibatch has to be exactly 1")
+        if self.kl.refresh_every and self.fp8.recipe == "delayed":
+            raise ValueError(
+                "fp8.recipe may not be `delayed` with kl.refresh_every: the reference's scales would not move with it"
+            )
+        if self.update.dual_clip and self.update.dual_clip <= 1 + (self.update.clip_high or self.update.clip):
+            raise ValueError("dual_clip must be more than 1 + clip (or clip_high): it bounds what these leave unbounded")
         if self.kl.refresh_every and self.lora.rank:
             raise ValueError("kl.refresh_every must be 0 with lora.rank > 0: the reference has no adapter that could follow")
         return self
@@ -337,11 +343,14 @@ class GrpoConfig(PolicyStage):
             )
         if self.grpo.estimator != "grpo" and self.grpo.scale != "group":
             raise ValueError(f"grpo.scale has no meaning with grpo.estimator `{self.grpo.estimator}`, only with `grpo`")
-        if self.grpo.resample and (alone or self.rollout.overlap or self.rollout.replay):
+        if self.grpo.resample and self.grpo.estimator in ("reinforce++", "remax"):
             raise ValueError(
-                "grpo.resample must be 0 with rollout.samples_per_prompt 1, as one reply has no variance, and with "
-                "rollout.overlap or rollout.replay, whose prompts are chosen before"
+                f"grpo.resample must be 0 with grpo.estimator `{self.grpo.estimator}`, which learns from equal scores as well"
             )
+        if self.grpo.resample and (self.rollout.overlap or self.rollout.record or self.rollout.replay):
+            raise ValueError("grpo.resample must be 0 with rollout.overlap, record or replay: prompts are then chosen before")
+        if self.rollout.replay and self.grpo.estimator == "remax":
+            raise ValueError("rollout.replay knows no greedy replies, which grpo.estimator `remax` compares with")
         return self
 
 

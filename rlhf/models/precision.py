@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rlhf.config.commands import Inference
 from rlhf.config.sections import Fp8
@@ -57,3 +58,19 @@ def computing_in(precision: Precision, roles: Roles, rows: Sequence[list[int]], 
         raise
     finally:
         undo(model)
+
+
+@contextmanager
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """In here autocast keeps what it has cast of frozen weights too, and not only of those that want a gradient.
+
+    It keeps them until its outermost context ends, so a rollout would cast every frozen weight anew for each token.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -79,8 +79,12 @@ def credit_without_critic(
     """Adds rewards, and advantages by comparison with other replies; replies to one prompt stand side by side.
 
     Args:
-        greedy: the greedy reply to each prompt: ReMax compares with what it scores; without a score, with 0.
+        greedy: the greedy reply to each prompt: ReMax compares with what it scores. Nothing is learned of a prompt where it has
+            no score.
     """
+    if greedy is not None:
+        compared_with = greedy.scores.kept.repeat_interleave(config.rollout.samples_per_prompt)
+        experience = replace(experience, kept=experience.scored & compared_with)
     mask, grpo, groups = experience.learned, config.grpo, (-1, config.rollout.samples_per_prompt)
     kept, scores = experience.scored.view(groups), shaped_scores(experience, config.reward, running)
     rewards = rewards_of(experience, scores, config.kl, kl_coef)
@@ -89,7 +93,7 @@ def credit_without_critic(
     if greedy is None:
         compared = whole - BASELINES[grpo.estimator](whole, kept)
     else:
-        compared = whole - of_greedy(greedy, config.reward, running).to(whole)[:, None]
+        compared = whole - shaped_before(greedy, config.reward, running).to(whole)[:, None]
     if grpo.estimator == "grpo" and grpo.scale != "none":
         compared = compared / deviation(whole, kept, grpo.scale)
     # A penalty on a token is its own, and that of the tokens before: it is compared with nothing, and not scaled.
@@ -104,11 +108,16 @@ def credit_without_critic(
     return replace(experience, rewards=rewards, advantages=advantages), stats
 
 
-def of_greedy(greedy: Scored, config: Reward, running: RunningScores) -> Tensor:
-    """(G,) as scores are shaped; these are not counted among those that normalising goes by."""
-    scores, samples = zero_outside(greedy.scores.scores, greedy.scores.kept), greedy.samples
+def shaped_before(scored: Scored, config: Reward, running: RunningScores) -> Tensor:
+    """(B,) as `shaped_scores`, but not counted among those that normalising goes by: what a choice among replies looks at."""
+    scores, samples = zero_outside(scored.scores.scores, scored.scores.kept), scored.samples
     lengths = torch.tensor([len(response) for response in samples.responses])
     return _shaped(config.weight * scores, lengths, torch.tensor(samples.finished), config, running)
+
+
+def groups_that_teach(scored: Scored, size: int, config: Reward, running: RunningScores) -> Tensor:
+    """(G,) whether replies to the same prompt, `size` of them, do not all score the same."""
+    return ~same_scores(shaped_before(scored, config, running).view(-1, size), scored.scores.kept.view(-1, size))
 
 
 def described(experience: Experience, scores: Tensor, config: Reward, kl_coef: float) -> dict[str, float]:

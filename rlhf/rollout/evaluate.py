@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.examples import PromptExample
+from rlhf.errors import DataError
 from rlhf.rollout.credit import sequence_kl
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.readers import Reader, checked_scores, read
@@ -37,6 +38,8 @@ def evaluate(
     for scorer in scorers:
         values = read(scorer, asked, responses, tokens=replies, finished=finished)
         named = values if isinstance(values, dict) else {scorer.source.rpartition(":")[2]: values}
+        if taken := sorted(columns.keys() & named.keys()):
+            raise DataError(f"{scorer.source}: {taken[0]} is the name of another metric; give it another")
         columns |= {name: checked_scores(column, len(asked), scorer.source) for name, column in named.items()}
     there = {name: [value for value in column if value is not None] for name, column in columns.items()}
     metrics = {name: sum(values) / len(values) for name, values in there.items() if values}

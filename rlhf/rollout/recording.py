@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.config.policies import Rollout
+from rlhf.config.rewards import Reward
 from rlhf.data.collate import pad
 from rlhf.data.examples import PromptExample
 from rlhf.errors import DataError
@@ -42,7 +43,8 @@ class Recording:
         DataError: the run to be replayed recorded nothing.
     """
 
-    def __init__(self, run: Path, config: Rollout, writes: bool, step_done: int) -> None:
+    def __init__(self, run: Path, config: Rollout, reward: Reward, writes: bool, step_done: int) -> None:
+        self.sources = reward.sources.keys()
         self.run, self.writes, self.longest = run, config.record and writes, config.max_new_tokens
         self.source = None if config.replay is None else Path(config.replay)
         if self.source is not None and not _recorded(self.source):
@@ -90,6 +92,9 @@ class Recording:
                 step,
             )
             components = {name.removeprefix(COMPONENT): value for name, value in found.items() if name.startswith(COMPONENT)}
+            if components.keys() != self.sources:
+                have, want = (", ".join(sorted(names)) or "one source" for names in (components, self.sources))
+                raise DataError(f"{file}: holds scores of {have}, this run's reward is of {want}; give the same reward.sources")
             scored = Scored(samples, Scores(found["scores"], found["kept"], components))
         except (SafetensorError, KeyError) as error:
             raise DataError(f"{file}: no recorded rollout ({error})") from error

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf.functional.advantages import same_scores
 from rlhf.models.roles import Reference
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience, reply_tensors
@@ -31,11 +30,6 @@ class Scored:
     def rows(self, indices: Sequence[int]) -> Scored:
         return Scored(self.samples.rows(indices), self.scores.rows(indices))
 
-    def same(self, size: int) -> list[int]:
-        """Which groups of that size teach nothing, as all their replies score the same."""
-        groups = (-1, size)
-        return same_scores(self.scores.scores.view(groups), self.scores.kept.view(groups)).nonzero().flatten().tolist()
-
 
 def join(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
     """One after the other, row i of the whole then put at place order[i]."""
@@ -45,13 +39,17 @@ def join(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
 
 
 def in_places_of(
-    asked: Sequence[Prompt], scored: Scored, places: Sequence[int], drawn: Sequence[Prompt], more: Scored
+    asked: Sequence[Prompt],
+    scored: Scored,
+    places: Sequence[int],
+    drawn: Sequence[Prompt],
+    more: Scored,
+    useful: Sequence[int],
 ) -> tuple[list[Prompt], Scored]:
-    """Prompts at `places`, with their groups of replies, give way to those drawn whose replies do not all score the same."""
+    """Prompts at `places`, with their groups of replies, give way to the `useful` ones of those drawn, while there are any."""
     size, asked = len(more) // len(drawn), list(asked)
     groups = list(range(len(asked)))
-    differing = [group for group in range(len(drawn)) if group not in more.same(size)]
-    for place, group in zip(places, differing, strict=False):
+    for place, group in zip(places, useful, strict=False):
         asked[place], groups[place] = drawn[group], len(groups) + group
     rows = [group * size + reply for group in groups for reply in range(size)]
     return asked, join([scored, more], range(len(scored) + len(more))).rows(rows)

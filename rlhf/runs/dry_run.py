@@ -45,7 +45,7 @@ def batches(config: Any, processes: int) -> list[str]:
     if isinstance(config, PolicyStage):
         return _iteration(config, processes)
     assert isinstance(config, SftConfig | RmConfig | DpoConfig | KtoConfig)
-    rows = {RmConfig: "pairs", DpoConfig: "pairs", KtoConfig: "replies"}.get(type(config), "rows")
+    rows = {RmConfig: "prompts", DpoConfig: "pairs", KtoConfig: "replies"}.get(type(config), "rows")
     if isinstance(config, SftConfig) and config.data.packing:
         rows = "sequences"
     schedule = config.schedule

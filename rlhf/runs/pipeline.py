@@ -25,6 +25,7 @@ from rlhf.runs import summary
 from rlhf.runs.dry_run import describe
 from rlhf.runs.execute import execute
 from rlhf.runs.launch import machines_of
+from rlhf.runs.lineage import INPUT_FIELDS, SOURCES
 from rlhf.runs.lock import check_output, run_lock
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, finish, new_manifest, read_json, versions
 
@@ -147,7 +148,10 @@ def _refuse_own_flags(where: str, flags: Mapping[str, str], file: Path) -> None:
 
 def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline, request: Request) -> list[str]:
     """The stage's command line: the pipeline file's flags, over them --seed, over that the flags for this stage."""
-    inside = {name: str(Path(pipeline.output) / text) if text.split("/")[0] in PLACES else text for name, text in flags.items()}
+    inside = {
+        name: str(Path(pipeline.output) / text) if is_place(stage, name) and text.split("/")[0] in PLACES else text
+        for name, text in flags.items()
+    }
     seed = {} if request.seed is None else {"seed": str(request.seed)}
     merged: dict[str, str] = {}
     for layer in (inside, seed, request.overrides.get(stage, {})):
@@ -157,6 +161,12 @@ def arguments(stage: str, flags: dict[str, str], file: Path, pipeline: Pipeline,
     merged |= {"launch": request.launch} | ({"nproc": str(request.nproc)} if request.nproc else {})
     switches = ["--allow-inexact-resume"] if request.allow_inexact_resume else []
     return [f"--{name}={text}" for name, text in merged.items()] + switches
+
+
+def is_place(stage: str, flag: str) -> bool:
+    """Whether the flag names what the stage reads: elsewhere `grpo` and `dpo` are words like others."""
+    field = dotted(canonical(STAGES[stage], flag))
+    return field in INPUT_FIELDS.values() or field.startswith(SOURCES)
 
 
 def make_world(directory: Path, seed: int) -> str:

@@ -19,24 +19,25 @@ def summary(output: Path) -> dict[str, Any]:
     """The figures of a pipeline's output directory; parts of stages it does not have are left out or empty.
 
     Returns:
-        {"output", "before", "after": metric -> value over the held-out prompts, of the policy PPO started from and of
-        its result; "reward_model", "dpo", "kto": {"accuracy", "low", "high"}, the 95% interval; "kl": nats per reply from
-        the SFT policy; "seconds": stage -> wall time; "samples": [{"prompt", "before", "after"}]}
+        {"output", "policy": "ppo" or "grpo", "before", "after": metric -> value over the held-out prompts, of the policy it
+        started from and of its result; "reward_model", "dpo", "kto": {"accuracy", "low", "high"}, the 95% interval; "kl": nats
+        per reply from the SFT policy; "seconds": stage -> wall time; "samples": [{"prompt", "before", "after"}]}
     """
     manifests = {file.parent.name: read_json(file) for file in sorted(output.glob(f"*/{MANIFEST}"))}
     finished = {name: manifest for name, manifest in manifests.items() if manifest["finished"]}
     results = {name: manifest["result"] for name, manifest in finished.items()}
     figures: dict[str, Any] = {"output": str(output)}
-    if "ppo" in results:
-        before, after = (results["ppo"].get(name, {}) for name in ("before", "after"))  # empty without held-out prompts
-        figures |= {"before": before, "after": after, "kl": after.get("kl")}
+    policy = next((stage for stage in ("ppo", "grpo") if stage in results), None)
+    if policy is not None:
+        before, after = (results[policy].get(name, {}) for name in ("before", "after"))  # empty without held-out prompts
+        figures |= {"policy": policy, "before": before, "after": after, "kl": after.get("kl")}
     for stage, of in ACCURATE.items():
         if "eval/accuracy" in results.get(stage, {}):
             names = {"accuracy": "eval/accuracy", "low": "eval/accuracy_low", "high": "eval/accuracy_high"}
             figures[of] = {name: results[stage].get(key) for name, key in names.items()}
     in_order = sorted(finished, key=lambda name: finished[name]["started"])
     figures["seconds"] = {name: seconds(finished[name]) for name in in_order}
-    return figures | {"samples": samples(output / "ppo" / "samples.jsonl")}
+    return figures | {"samples": samples(output / (policy or "ppo") / "samples.jsonl")}
 
 
 def samples(file: Path) -> list[dict[str, str]]:
@@ -61,11 +62,11 @@ def show(figures: dict[str, Any], stream: IO[str]) -> None:
     for sample in figures["samples"]:
         console.print(f"\n[bold]{_plain(sample['prompt'])}[/bold]")
         console.print(f"  SFT  {_plain(sample['before'])}")
-        console.print(f"  PPO  {_plain(sample['after'])}")
+        console.print(f"  {figures.get('policy', 'ppo').upper():4} {_plain(sample['after'])}")
     table = Table(title=f"\n{figures['output']}", title_justify="left")
     table.add_column("")
     table.add_column("SFT", justify="right")
-    table.add_column("PPO", justify="right")
+    table.add_column(figures.get("policy", "ppo").upper(), justify="right")
     before, after = figures.get("before", {}), figures.get("after", {})
     for name in before | after:
         if name != "kl":

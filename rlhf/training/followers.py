@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +37,12 @@ class Followers:
         return ["ema"] if self.average is not None else []
 
     def save_average(self) -> None:
-        """Once the actor itself is saved: its weights give way to their average. Rank 0 calls it alone."""
+        """Of the consolidated actor, before it is saved itself, which may merge its adapters. Rank 0 calls it alone."""
         if self.average is not None:
-            self.average.put_into_actor()
             roles, merge = self.roles, self.config.lora.merge
-            save_model(roles.actor, self.train.run / "ema", roles.tokenizer, roles.generation, merge)
+            with self.average.in_place_of_actor():
+                actor = copy.deepcopy(roles.actor) if merge else roles.actor
+                save_model(actor, self.train.run / "ema", roles.tokenizer, roles.generation, merge)
 
     def follow(self, step: int) -> None:
         """After the update of iteration `step`."""
@@ -63,11 +66,18 @@ class ActorAverage:
             if self.train.is_main:
                 self.average[name].lerp_(whole.cpu(), 1 - self.decay)
 
+    @contextmanager
+    def in_place_of_actor(self) -> Iterator[None]:
+        """In here the actor has the average for weights. Rank 0 enters alone."""
+        own = {name: parameter.detach().clone() for name, parameter in _of_actor(self.policy).items()}
+        self._put(self.average)
+        yield
+        self._put(own)
+
     @torch.no_grad()
-    def put_into_actor(self) -> None:
-        """In place of its weights, once training is over and these are saved. Rank 0 calls it alone."""
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in _of_actor(self.policy).items():
-            parameter.copy_(self.average[name])
+            parameter.copy_(weights[name])
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.average.items()

@@ -146,7 +146,9 @@ def batch_mates(checks: Checks, policy: ActorCritic, experience: Experience, con
 
 def rollout_tolerance(config: PolicyStage) -> float:
     """Largest |difference| in nats a token between the log-probabilities of sampling and of scoring."""
-    plain = ROLLOUT_TOLERANCE["bf16" if config.rollout.engine == "vllm" else config.precision]  # a server has its own
+    # A server has a precision of its own, and a replay may be of one.
+    elsewhere = config.rollout.engine == "vllm" or config.rollout.replay
+    plain = ROLLOUT_TOLERANCE["bf16" if elsewhere else config.precision]
     if config.fp8.recipe == "none":
         return plain
     invariant = recipe_of(config.fp8).batch_invariant

@@ -25,12 +25,20 @@ def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, k
     assert part.weights is not None
     assert output.logprobs is not None
     logprobs, mask, weights = part.spread(output.logprobs), part.learned, part.weights
-    corrected, told = weights, {}
+    importance, told = 1.0, {}
     if update.importance_cap:
-        apart, told = importance_weights(part.logprobs, part.sampled_logprobs, mask, update.importance_cap)
-        corrected = weights * apart
-    ranges = update.clip, corrected, update.clip_high, update.dual_clip, update.ratio_of
-    loss, of_loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, *ranges)
+        importance, told = importance_weights(part.logprobs, part.sampled_logprobs, mask, update.importance_cap)
+    loss, of_loss = policy_loss(
+        logprobs,
+        part.logprobs,
+        part.advantages,
+        mask,
+        update.clip,
+        weights=weights * importance,
+        clip_high=update.clip_high,
+        dual_clip=update.dual_clip,
+        ratio_of=update.ratio_of,
+    )
     stats.add_all({f"policy/{name}": value for name, value in (of_loss | told).items()}, mask.sum())
     stats.add("policy/loss", loss.detach(), weights.sum())
     if kl.place == "loss" and part.reference_logprobs is not None:
@@ -38,7 +46,7 @@ def actor_loss(output: Output, part: Experience, update: PolicyUpdate, kl: Kl, k
         loss = loss + kl_coef * (weights * apart).sum()
         stats.add("kl/loss", (weights * apart).sum().detach(), weights.sum())
     if output.entropy is not None:
-        spread = part.spread(output.entropy)
+        spread = zero_outside(part.spread(output.entropy), mask)
         loss = loss - update.entropy_coef * (weights * spread).sum()
         stats.add("policy/full_entropy", spread.sum().detach(), mask.sum())
     return loss

@@ -72,10 +72,14 @@ class NonFinite:
         values = [float(loss) for _, loss in losses]
         bad = [items for (items, _), value in zip(losses, values, strict=True) if not math.isfinite(value)]
         of_loss = any(self.train.gather(bool(bad)))
-        rows = [self.describe(item) for items in (bad if of_loss else [items for items, _ in losses]) for item in items]
+        rows = [self._described(item) for items in (bad if of_loss else [items for items, _ in losses]) for item in items]
         own = {"rank": self.train.rank, "values": values if of_loss else [norm], "rows": rows}
         self._refuse("loss" if of_loss else "gradient norm", self.train.gather(own))
         return False
+
+    def _described(self, item: Any) -> Any:
+        """A row of an iteration is told by its index, any other (of PTX) by itself."""
+        return self.describe(item) if isinstance(item, int) else described(item)
 
     def allows(self, quantities: Mapping[str, Tensor], describe: Describe, minibatch_size: int) -> bool:
         """Whether all that an iteration of PPO learns from is finite; the first quantity that is not is the one that is named.

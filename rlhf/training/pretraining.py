@@ -11,16 +11,18 @@ from rlhf.data.examples import SftExample, sft_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.sft import sft_loss
+from rlhf.models.roles import Roles
 from rlhf.training.session import Training
 
 
 class PretrainingMix:
     """Rows of `config.file`, `config.batch_size` of them a step; without a file it does nothing."""
 
-    def __init__(self, train: Training, config: Ptx, template: Template, micro_batch_size: int) -> None:
+    def __init__(self, train: Training, config: Ptx, roles: Roles, micro_batch_size: int) -> None:
         self.train, self.config, self.micro_batch_size = train, config, micro_batch_size
         self.rows: list[SftExample] = []
         if config.file:
+            template = Template(roles.tokenizer, config.template, roles.stop_ids)
             self.rows = train.read(config.file, sft_examples(config.file, config, template), "rows to mix in")
             self.batches = Batches(len(self.rows), config.batch_size, train.seed("ptx"), Schedule(unit="steps"))
 

@@ -67,10 +67,14 @@ def probe_credit(checks: Checks, experience: Experience, config: PpoConfig) -> N
     scores = shaped_scores(experience, config.reward, RunningScores())
     lengths = experience.mask.sum(1)
     expected = torch.zeros_like(experience.rewards)
-    expected[torch.arange(len(scores)), lengths - 1] = scores
-    reference = experience.reference_logprobs
-    if reference is not None:
-        expected -= config.kl.coef * ESTIMATORS[config.kl.estimator](experience.logprobs, reference) * experience.mask
+    last, reference = (torch.arange(len(scores)), lengths - 1), experience.reference_logprobs
+    expected[last] = scores
+    if reference is not None and config.kl.place != "loss":
+        penalties = config.kl.coef * ESTIMATORS[config.kl.estimator](experience.logprobs, reference) * experience.mask
+        if config.kl.place == "tokens":
+            expected -= penalties
+        else:
+            expected[last] -= penalties.sum(1)
     difference = (experience.rewards - expected).abs().max()
     checks.expect(
         "score placement",
@@ -78,7 +82,7 @@ def probe_credit(checks: Checks, experience: Experience, config: PpoConfig) -> N
         difference,
         "the score is added at the last token of each reply, nowhere else",
     )
-    if reference is not None:
+    if reference is not None and config.kl.place != "loss":
         nearer = replace(experience, reference_logprobs=reference - 0.1 * experience.mask)
         total = float(credit(nearer, config, config.kl.coef, RunningScores())[0].rewards.sum() - experience.rewards.sum())  # pyright: ignore
         checks.expect("KL penalty", total < 0, total, "tokens likelier than under the reference lower the reward")

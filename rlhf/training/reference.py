@@ -86,15 +86,16 @@ class ReferenceLogprobs:
         self, rows: Sequence[Replies], wanted: list[int], batches: Sequence[Sequence[int]], reference: nn.Module
     ) -> list[list[float]]:
         train, start = self.train, time.monotonic()
-        own: dict[int, list[float]] = {}
+        own: dict[int, tuple[int, list[float]]] = {}
         with train.evaluating():
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 train.stop_if_asked()
                 for micro in train.accumulate(batch, self.size):
                     logprobs = reply_logprobs(reference, [rows[row] for row in micro.items], train.device).tolist()
                     if micro.weight:
-                        own = dict(zip(micro.items, logprobs, strict=True)) | own
-        every = {row: values for part in train.gather(own) for row, values in part.items()}
+                        own = {row: (number, values) for row, values in zip(micro.items, logprobs, strict=True)} | own
+        found = [(row, asked) for part in train.gather(own) for row, asked in part.items()]
+        every = {row: values for row, (_, values) in sorted(found, key=lambda each: -each[1][0])}  # the first batch last
         train.note(f"reference log-probabilities of {len(wanted)} rows in {time.monotonic() - start:.1f} s")
         return [every[row] for row in wanted]
 

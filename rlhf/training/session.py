@@ -30,6 +30,7 @@ from rlhf.errors import Preempted
 from rlhf.fp8.apply import described
 from rlhf.fp8.state import advance, forget_weights, fp8_layers
 from rlhf.models.frozen import forget_rows
+from rlhf.models.precision import cast_once
 from rlhf.report.console import Console
 from rlhf.report.records import Records
 from rlhf.report.stats import Stats
@@ -160,7 +161,12 @@ class Training:
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
         """The plain module with whole weights, for a rollout, which has another shape for each token: too many to compile."""
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"), self.engine.gathered() as plain:
+        with (
+            self.accelerator.autocast(),
+            torch.compiler.set_stance("force_eager"),
+            self.engine.gathered() as plain,
+            cast_once(plain),
+        ):
             yield plain
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

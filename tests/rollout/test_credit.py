@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf.config.rewards import Reward
 from rlhf.config.schema import GrpoConfig
-from rlhf.rollout.credit import RunningScores, credit_without_critic
+from rlhf.rollout.credit import RunningScores, credit_without_critic, groups_that_teach
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.rewards import Scores
@@ -94,7 +95,8 @@ def test_prompts_that_teach_nothing_give_way() -> None:
         )
 
     first, more = group("a", [1.0, 1.0, 0.0, 2.0, 3.0, 3.0]), group("b", [5.0, 5.0, 6.0, 7.0])
-    asked, scored = in_places_of(["p", "q", "r"], first, [0, 2], ["x", "y"], more)
+    useful = groups_that_teach(more, 2, Reward(source="count:a"), RunningScores()).nonzero().flatten().tolist()
+    asked, scored = in_places_of(["p", "q", "r"], first, [0, 2], ["x", "y"], more, useful)
     assert asked == ["y", "q", "r"]  # x scores the same as well, and there is no third
     assert scored.scores.scores.tolist() == [6.0, 7.0, 0.0, 2.0, 3.0, 3.0]
     assert [chr(prompt[0]) for prompt in scored.samples.prompts] == list("bbaaaa")

@@ -101,7 +101,7 @@ def test_a_dry_run_shows_all_and_touches_nothing(capfd: pytest.CaptureFixture[st
     assert main(["rm", "--config", "rm.yaml", "--nproc", "2", "--launch", "cpu", "--dry-run"]) == 0
     said = capfd.readouterr().out
     assert '"path": "sft"' in said
-    assert "64 pairs per optimizer step = 2 processes x 8 pairs per micro-batch x 4 micro-batches" in said
+    assert "64 prompts per optimizer step = 2 processes x 8 prompts per micro-batch x 4 micro-batches" in said
     assert "torch.distributed.run --nproc_per_node 2" in said
     assert "--dry-run" not in said
     assert "  rm/checkpoints/step-N/\n  rm/model/\n" in said

@@ -73,7 +73,7 @@ def test_the_average_and_the_reference_by_hand(world, tmp_path):
 def test_two_processes_are_one(stage, world, tmp_path):
     log = tmp_path / "log"
     more = extras(world) | {"precision": "fp64", f"{stage}__entropy_coef": 0.01, "kl__place": "loss", "kl__estimator": "k3"}
-    more |= {"grpo__resample": 1, "grpo__estimator": "remax"} if stage == "grpo" else {}
+    more |= {"grpo__resample": 1, "grpo__estimator": "rloo"} if stage == "grpo" else {}
     assert run(stage, flags(stage, world, tmp_path / "one", **more), log) == 0, log.read_text()
     assert run_on_two(stage, flags(stage, world, tmp_path / "two", **more), log) == [0, 0], log.read_text()
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

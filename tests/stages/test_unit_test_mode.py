@@ -63,7 +63,7 @@ def pads_unmasked(module) -> None:
     import rlhf.training.losses as losses
 
     right = losses.policy_loss
-    losses.policy_loss = lambda new, old, adv, mask, *more: right(new, old, adv, torch.ones_like(mask), *more)
+    losses.policy_loss = lambda new, old, adv, mask, *a, **k: right(new, old, adv, torch.ones_like(mask), *a, **k)
 
 
 def mean_of_means(module) -> None:
@@ -71,8 +71,8 @@ def mean_of_means(module) -> None:
 
     right = losses.policy_loss
 
-    def mean(new, old, adv, mask, *more):
-        loss, stats = right(new, old, adv, mask, *more)
+    def mean(new, old, adv, mask, *a, **k):
+        loss, stats = right(new, old, adv, mask, *a, **k)
         return loss / mask.sum() * 100, stats
 
     losses.policy_loss = mean

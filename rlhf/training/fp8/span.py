@@ -128,6 +128,7 @@ class _Snapshot:
         self.weights = {name: _on_host(p) for name, p in _trained(train)}
         self.optimizer = {name: _on_host(tensor) for name, tensor in optimizer_tensors(train.engine.optimizer).items()}
         self.fp8 = {name: _on_host(tensor) for name, tensor in fp8_state(train.all_models()).items()}
+        self.others = {name: {n: _on_host(t) for n, t in w.named()} for name, w in train.weights.items()}
         self.states = {name: copy.deepcopy(value.state_dict()) for name, value in train.states.items()}
         self.step_done, self.tokens_done, self.result = train.step_done, train.tokens_done, copy.deepcopy(train.result)
 
@@ -138,6 +139,8 @@ class _Snapshot:
         train.engine.optimizer.state.clear()
         restore_optimizer(train.engine.optimizer, self.optimizer)
         load_fp8_state(train.all_models(), self.fp8)
+        for name, others in train.weights.items():
+            others.restore({n: tensor.clone() for n, tensor in self.others[name].items()})
         for name, value in train.states.items():
             value.load_state_dict(copy.deepcopy(self.states[name]))
         train.step_done, train.tokens_done, train.result = self.step_done, self.tokens_done, copy.deepcopy(self.result)
