@@ -141,6 +141,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                 train.note(f"step {step + 1}: no reply has a score; the update is left out")
             if usable and step == 0:
                 invariants.first_scores(checks, experience, config)
+                for remark in invariants.remarks(experience, config):
+                    train.note(remark)
                 invariants.whitening(checks, experience, config)
                 if fp8_is_on(roles.policy):
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))

@@ -158,7 +158,7 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
         if prompt != prompt_again:
             raise DataError(f"{row.where}: the chat template renders the prompt differently for the two replies")
         example = PairExample(prompt, chosen, rejected, row.where)
-        if not limit.allows(len(example), row.where):
+        if not limit.allows(len(example), row.where, len(example.prompt)):
             continue
         example = _shorten(example, config.max_length)
         if example.chosen == example.rejected:
@@ -178,7 +178,7 @@ def ranked_examples(path: str, config: Reading, template: Template) -> Examples[
         prompt = turns[0][0]
         if any(again != prompt for again, _ in turns):
             raise DataError(f"{row.where}: the chat template renders the prompt differently for its replies")
-        if not limit.allows(len(prompt) + max(len(reply) for _, reply in turns), row.where):
+        if not limit.allows(len(prompt) + max(len(reply) for _, reply in turns), row.where, len(prompt)):
             continue
         prompt, replies = _cut(prompt, [reply for _, reply in turns], config.max_length)
         example = RankedExample(prompt, replies, row.fields["ranks"], row.fields["margin"], row.where)
@@ -206,7 +206,7 @@ def reference_examples(path: str, config: Reading, template: Template) -> Exampl
                 f"{row.where}: a reference answer is a row of prompt and completion, this one has {', '.join(row.fields)}"
             )
         prompt, reply = template.response(row.fields["prompt"], row.fields["completion"], row.where)
-        if limit.allows(len(prompt) + len(reply), row.where):
+        if limit.allows(len(prompt) + len(reply), row.where, len(prompt)):
             prompt, replies = _cut(prompt, [reply], config.max_length)
             examples.append(RankedExample(prompt, replies, [0.0], where=row.where))
     return _done(path, examples, rows, limit.notes())
@@ -223,7 +223,7 @@ def rated_examples(path: str, config: Reading, template: Template) -> Examples[R
         rated = {"chosen": True, "rejected": False} if "chosen" in fields else {"completion": fields["label"]}
         for name, desirable in rated.items():
             example = RatedExample(*template.response(fields["prompt"], fields[name], row.where), desirable, row.where)
-            if limit.allows(len(example), row.where):
+            if limit.allows(len(example), row.where, len(example.prompt)):
                 examples.append(_shortened(example, config.max_length))
     split_up = [f"{pairs} pairs became two rows each, a desirable one and an undesirable one"] if pairs else []
     return _done(path, examples, rows, limit.notes() + split_up)
@@ -327,9 +327,10 @@ class _LengthLimit:
 
     def __init__(self, limit: int, rule: str, other_rules: str = "skip or truncate") -> None:
         self.limit, self.rule, self.other_rules = limit, rule, other_rules
-        self.hit = self.made = 0
+        self.hit = self.made = self.crowded = 0
 
-    def allows(self, length: int, where: str) -> bool:
+    def allows(self, length: int, where: str, prompt: int = 0) -> bool:
+        """`prompt`: tokens that come before what is learned from, and are not cut for it."""
         if length <= self.limit:
             return True
         if self.rule == "fail":
@@ -338,6 +339,7 @@ class _LengthLimit:
                 f"raise it, or set data.too_long to {self.other_rules}"
             )
         self.hit += 1
+        self.crowded += prompt >= self.limit
         return self.rule != "skip"
 
     def parts(self, length: int) -> list[slice]:
@@ -354,5 +356,11 @@ class _LengthLimit:
             return []
         if self.rule == "split":
             return [f"{self.hit} documents longer than {self.limit} tokens split into {self.made} rows"]
-        done = "skipped" if self.rule == "skip" else "truncated"
-        return [f"{self.hit} rows longer than {self.limit} tokens {done}"]
+        if self.rule == "skip":
+            return [f"{self.hit} rows longer than {self.limit} tokens skipped"]
+        crowded = (
+            f"; of {self.crowded} of them the prompt leaves no room, and one token of each reply is kept"
+            if self.crowded
+            else ""
+        )
+        return [f"{self.hit} rows longer than {self.limit} tokens truncated{crowded}"]

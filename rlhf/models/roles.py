@@ -255,20 +255,19 @@ def _share_frozen_layers(roles: Roles, config: PolicyStage) -> str:
 
 
 def _roles_of_policy(config: PolicyStage, policy: ActorCritic) -> Roles:
-    source = config.roles
-    roles = _roles(source.actor, policy, config.trust_remote_code)
+    source, tokenizer = config.roles, load_tokenizer(config.roles.actor, config.trust_remote_code)
     critic = source.critic if isinstance(source, PpoRoles) else None
     for role, spec in (("reference", source.reference), ("critic", critic)):
         if spec not in (None, "zero"):
-            require_same_tokenizer(source.actor, roles.tokenizer, role, spec, config.trust_remote_code)
+            require_same_tokenizer(source.actor, tokenizer, role, spec, config.trust_remote_code)
     if isinstance(config, PpoConfig) and config.roles.mode != "shared" and critic is None and critic_source(config) != "zero":
         spec = critic_source(config)
-        if other := other_part(roles.tokenizer, load_tokenizer(spec, config.trust_remote_code)):
+        if other := other_part(tokenizer, load_tokenizer(spec, config.trust_remote_code)):
             raise DataError(
                 f"the critic would start from the reward model {spec}, whose {other} is not that of the actor {source.actor}: "
                 "set roles.critic to `zero`, or to a model that has the actor's"
             )
-    return roles
+    return _roles(source.actor, policy, config.trust_remote_code)
 
 
 def critic_source(config: PpoConfig) -> str:

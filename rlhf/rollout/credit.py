@@ -101,10 +101,10 @@ def credit_without_critic(
     advantages = zero_outside(compared.flatten()[:, None] + of_tokens, mask)
     if grpo.estimator.startswith("reinforce++"):
         advantages = whiten(advantages, mask, Moments.of(advantages, mask))
-    stats = described(experience, scores, config.reward, kl_coef) | {
-        "advantage/mean": masked_mean(advantages, mask).item(),
-        "reward/same_scores": same_scores(scores.view(groups), kept).double().mean().item(),
-    }
+    stats = described(experience, scores, config.reward, kl_coef)
+    stats["advantage/mean"] = masked_mean(advantages, mask).item()
+    if config.rollout.samples_per_prompt > 1:
+        stats["reward/same_scores"] = same_scores(scores.view(groups), kept).double().mean().item()
     return replace(experience, rewards=rewards, advantages=advantages), stats
 
 

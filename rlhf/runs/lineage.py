@@ -209,7 +209,7 @@ def _verdict(name: str, path: str, recorded: str) -> Verdict:
 def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
     if name.startswith("data."):
-        return _digest_of_file(Path(spec), f"{name}: ")
+        return _digest_of_file(Path(spec), f"{INPUT_FIELDS.get(name, name)}: ")
     if name == "replay":
         return tree_digest(_place(name, spec))
     if _is_no_model(name, spec):

@@ -98,6 +98,17 @@ def first_scores(checks: Checks, experience: Experience, config: PolicyStage) ->
     )
 
 
+def remarks(experience: Experience, config: PolicyStage) -> list[str]:
+    """What is no failure of the first iteration, but may keep a run from learning."""
+    if experience.finished.any() or config.reward.missing_eos == "none":
+        return []
+    made = "replaced by" if config.reward.missing_eos == "replace" else "lowered by"
+    return [
+        f"warning: no reply ended within rollout.max_new_tokens {config.rollout.max_new_tokens}, so every score is {made} "
+        f"reward.missing_eos_value {config.reward.missing_eos_value:g}; allow longer replies, or set reward.missing_eos: none"
+    ]
+
+
 def whitening(checks: Checks, experience: Experience, config: PpoConfig) -> None:
     """Check on the first iteration's advantages."""
     if config.ppo.whiten:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from rlhf.config.policies import Ptx
 from rlhf.config.sections import Schedule
 from rlhf.data.collate import sft_batch, trained_places
-from rlhf.data.examples import SftExample, sft_examples
+from rlhf.data.examples import Examples, SftExample, sft_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.sft import sft_loss
@@ -23,8 +25,12 @@ class PretrainingMix:
         self.rows: list[SftExample] = []
         if config.file:
             template = Template(roles.tokenizer, config.template, roles.stop_ids)
-            self.rows = train.read(config.file, sft_examples(config.file, config, template), "rows to mix in")
+            self.rows = train.read(config.file, self._examples(config.file, template), "rows to mix in")
             self.batches = Batches(len(self.rows), config.batch_size, train.seed("ptx"), Schedule(unit="steps"))
+
+    def _examples(self, file: str, template: Template) -> Examples[SftExample]:
+        """Nothing is evaluated on them, so it is no matter whether they ask what other rows ask."""
+        return replace(sft_examples(file, self.config, template), asked=[])
 
     def backward(self, policy: nn.Module, step: int) -> None:
         """Adds the gradient of the rows of optimizer step `step`; the policy's own micro-batches follow."""
