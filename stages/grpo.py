@@ -3,8 +3,8 @@
     rlhf grpo --config grpo --actor runs/sft --reward runs/rm --data FILE
     accelerate launch --config_file configs/launch/ddp.yaml stages/grpo.py --config configs/grpo.yaml
 
-Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty); a reward model, a function or a service as
-        reward; rows of prompts.
+Reads   the SFT run twice (the actor; frozen, the reference of the KL penalty); sources of reward, one or several; rows of
+        prompts.
 Writes  model/  metrics.jsonl  samples.jsonl  run.json
 
 One iteration, in the notation of Shao et al. 2024 (arXiv:2402.03300):
@@ -41,7 +41,7 @@ from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit_without_critic, groups_that_teach
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
+from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers, require_answers
 from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
@@ -81,6 +81,7 @@ def main(invocation: Invocation) -> None:
         def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
             columns = columns_asked(config.reward, readers)
             prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
+            require_answers(readers, prompts)
             roles.check_context(max(map(len, prompts)) + rollout.max_new_tokens, "data.max_length or rollout.max_new_tokens")
             return prompts
 
@@ -154,10 +155,11 @@ def main(invocation: Invocation) -> None:
                     train.note(invariants.batch_mates(checks, roles.policy, experience, config))
 
             # 4: the first epoch takes the micro-batches as they were scored, so its ratio starts at exactly 1
-            plan = list(minibatches(len(experience), grpo.minibatch_size, grpo.epochs, train.seed("update", step)))
+            sizes = len(experience), grpo.minibatch_size, grpo.epochs
+            plan = list(minibatches(*sizes, train.seed("update", step))) if usable else []
             first = step == 0
             with train.phase("update"):
-                for count, minibatch in enumerate(plan if usable else ()):
+                for count, minibatch in enumerate(plan):
                     experience = experience.weighed(minibatch, grpo.aggregation, rollout.max_new_tokens)
                     stats_here = Stats()
                     if not experience.learned[minibatch].any():  # none of its replies has a score

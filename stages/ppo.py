@@ -16,7 +16,7 @@ One iteration, in the notation of Schulman et al. 2017 (arXiv:1707.06347):
     4. update     `epochs` passes over minibatches of the clipped losses
     5. report
 
-Conventions and defaults with their sources: docs/ppo.md. Left out: critic-free estimators, which are pages of their own.
+Conventions and defaults with their sources: docs/ppo.md. Without a critic: grpo.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers
+from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers, require_answers
 from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
@@ -88,6 +88,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
             columns = columns_asked(config.reward, readers)
             prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
+            require_answers(readers, prompts)
             longest = max(map(len, prompts)) + config.rollout.max_new_tokens
             roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
             return prompts

@@ -93,6 +93,13 @@ def read(reader: Reader, asked: Sequence[PromptExample], responses: Sequence[str
     return reader([prompt.text for prompt in asked], responses, **(columns | known))
 
 
+def require_answers(readers: Iterable[Reader], prompts: Sequence[PromptExample]) -> None:
+    """Raises DataError where a verifier cannot read the answer of a row, which may be sampled hours from now."""
+    for reader in readers:
+        if kind_of(reader.source) == "verifier":
+            read(reader, prompts, [""] * len(prompts))
+
+
 def checked_scores(scores: Any, count: int, source: str) -> list[float | None]:
     """`count` numbers that float32 can hold, or None for a reply without a score; or a DataError that names the first that is
     neither.

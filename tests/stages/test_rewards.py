@@ -109,3 +109,15 @@ def test_several_sources_in_two_processes_and_after_a_stop(world, rows, tmp_path
     assert run("ppo", several(world, tmp_path, "again", rows, **precise), log, breaks) != 0
     assert run("ppo", several(world, tmp_path, "again", rows, **precise), log) == 0, log.read_text()
     assert left(tmp_path / "one", 3) == left(tmp_path / "again", 3)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_an_answer_that_no_verifier_can_read_is_found_at_the_start(stage, world, rows, tmp_path):
+    """The last row, which this short run would not sample."""
+    lines = [json.loads(line) | {"answer": 7} for line in rows.read_text().splitlines()]
+    lines[-1]["answer"] = "none at all"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = {"data": rows, "data__eval": "null", "data__extra_columns": "ignore", "schedule__length": 1}
+    log = tmp_path / "log"
+    assert run(stage, flags(stage, world, tmp_path / "run", reward="verify:numeric", **more), log) == 65
+    assert f"rows.jsonl:{len(lines)}: the answer 'none at all' is no number" in log.read_text()
