@@ -184,3 +184,13 @@ def test_a_stage_the_pipeline_does_not_have(capfd: pytest.CaptureFixture[str]) -
     Path("pipeline.yaml").write_text("output: out\nstages:\n  sft: {config: sft.yaml}\n")
     assert main(["run", "pipeline.yaml", "--ppo.seed", "1"]) == 78
     assert "has no stage ppo; it has sft" in capfd.readouterr().err
+
+
+def test_a_word_that_is_also_a_stage_is_no_path(pipeline: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    grpo = "  grpo: {config: own.yaml, actor: sft, reward: rm, data: world/prompts.jsonl, grpo.estimator: grpo}\n"
+    pipeline.write_text(PIPELINE[: PIPELINE.index("  ppo:")] + grpo)
+    pipeline.with_name("own.yaml").write_text("grpo: {minibatch_size: 64}\n")
+    assert main(["run", "pipeline.yaml", "--dry-run"]) == 0
+    text = capfd.readouterr().out
+    assert '"estimator": "grpo"' in text
+    assert '"actor": "out/sft"' in text

@@ -10,6 +10,8 @@ from harness import before_each_step, flags, left, metrics, run, run_on_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf.training import collection
+
 ESTIMATORS = ("grpo", "rloo", "reinforce++", "reinforce++-baseline", "remax")
 EXTRAS = {"ema_decay": 0.5, "kl__refresh_every": 2, "kl__refresh_keep": 0.25, "ptx__batch_size": 4, "ptx__coef": 0.5}
 
@@ -123,3 +125,33 @@ def test_weights_that_ranks_divide(engine, llamas, tmp_path):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
     averages = [load_file(tmp_path / name / "ema" / "model.safetensors") for name in ("one", "two")]
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-4) for name in averages[0])
+
+
+def test_the_average_of_adapters_is_merged_as_well(world, tmp_path):
+    """And lies between the start and the end, where the adapter itself was merged into the model."""
+    log = tmp_path / "log"
+    more = {"lora__rank": 4, "lora__merge": "true", "ema_decay": 0.5, "optimizer__lr": 1e-2}
+    assert run("grpo", flags("grpo", world, tmp_path / "run", **more), log) == 0, log.read_text()
+    start = AutoModelForCausalLM.from_pretrained(world / "model").state_dict()
+    model, average = (AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name).state_dict() for name in ("model", "ema"))
+    moved, lagging = (sum(float((found[name] - start[name]).norm()) for name in start) for found in (model, average))
+    assert 0.1 * moved < lagging < 0.95 * moved
+
+
+def test_checks_are_not_lost_with_a_minibatch_without_scores(world, tmp_path):
+    """The first minibatch has no reply with a score; that sampling and scoring disagree is said all the same."""
+    (tmp_path / "late.py").write_text("def late(where):\n    return [None] * len(where)\n")
+
+    def shifted(_) -> None:
+        right = collection.score
+
+        def wrong(*arguments):
+            found = right(*arguments)
+            found.logprobs.add_(5.0)
+            return found
+
+        collection.score = wrong  # in the fork
+
+    more = {"reward": f"{tmp_path}/late.py:late", "data__eval": "null"}
+    assert run("grpo", flags("grpo", world, tmp_path / "run", **more), tmp_path / "log", shifted) == 1
+    assert "rollout log-probs" in (tmp_path / "log").read_text()
