@@ -129,8 +129,8 @@ class Kl(Section):
             raise ValueError("estimator must be k2 or k3 with place `loss`: the expected gradient of k1 is 0")
         if self.refresh_keep and not self.refresh_every:
             raise ValueError("refresh_keep has no meaning with refresh_every 0, which never moves the reference")
-        if not self.coef and (self.refresh_every or self.place != "tokens"):
-            raise ValueError("refresh_every and place have no meaning with coef 0: there is no reference")
+        if not self.coef and self.refresh_every:
+            raise ValueError("refresh_every must be 0 with coef 0: there is no reference to move")
         return self
 
 
