@@ -75,6 +75,20 @@ def _merged(model: nn.Module) -> nn.Module:
         return opened(str(directory), Loading(dtype=inner.dtype))
 
 
+def merged_copy(actor: nn.Module) -> nn.Module:
+    """An actor with its adapters in its weights, as a plain model of no engine; the actor stays as it is."""
+    inner: PreTrainedModel = unwrapped(actor)  # pyright: ignore[reportAssignmentType]
+    if not hasattr(actor, "merge_and_unload") or getattr(inner, "is_quantized", False):
+        return actor  # `_merged` goes by the disk then, and leaves it as it is
+    # FSDP puts a class of its own, which no model is made of, before the model's.
+    kind = next(each for each in type(inner).__mro__ if not each.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        plain = kind(inner.config)
+    plain.load_state_dict(plain_weights(actor), assign=True)
+    plain.tie_weights()
+    return plain
+
+
 def _write_base(directory: Path, model: nn.Module) -> None:
     from rlhf.models.lora import write_base  # peft costs five CPU seconds to import; only those who use it pay
 

@@ -13,11 +13,15 @@ import torch
 from rlhf.config.rewards import Reward, RewardSource, kind_of
 from rlhf.config.sections import Data
 from rlhf.data.examples import PromptExample
+from rlhf.data.order import chunks
 from rlhf.data.rows import first_columns
 from rlhf.errors import DataError
 from rlhf.rollout import verifiers
 from rlhf.rollout.functions import OFFERED, FunctionProcess
 from rlhf.rollout.services import RewardService
+
+AT_ONCE = 1024
+"""Rows whose answers a verifier reads in one call, which has a deadline."""
 
 LARGEST_SCORE = torch.finfo(torch.float32).max
 
@@ -96,8 +100,8 @@ def read(reader: Reader, asked: Sequence[PromptExample], responses: Sequence[str
 def require_answers(readers: Iterable[Reader], prompts: Sequence[PromptExample]) -> None:
     """Raises DataError where a verifier cannot read the answer of a row, which may be sampled hours from now."""
     for reader in readers:
-        if kind_of(reader.source) == "verifier":
-            read(reader, prompts, [""] * len(prompts))
+        for part in chunks(prompts, AT_ONCE) if kind_of(reader.source) == "verifier" else ():
+            read(reader, part, [""] * len(part))
 
 
 def checked_scores(scores: Any, count: int, source: str) -> list[float | None]:

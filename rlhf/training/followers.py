@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,7 +12,7 @@ from rlhf.config.schema import PolicyStage
 from rlhf.fp8.state import forget_weights
 from rlhf.models.actor_critic import ActorCritic, role_of
 from rlhf.models.roles import Roles
-from rlhf.models.save import save_model
+from rlhf.models.save import merged_copy, save_model
 from rlhf.training.session import Training
 
 
@@ -41,7 +40,7 @@ class Followers:
         if self.average is not None:
             roles, merge = self.roles, self.config.lora.merge
             with self.average.in_place_of_actor():
-                actor = copy.deepcopy(roles.actor) if merge else roles.actor
+                actor = merged_copy(roles.actor) if merge else roles.actor
                 save_model(actor, self.train.run / "ema", roles.tokenizer, roles.generation, merge)
 
     def follow(self, step: int) -> None:

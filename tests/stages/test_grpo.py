@@ -138,6 +138,18 @@ def test_the_average_of_adapters_is_merged_as_well(world, tmp_path):
     assert 0.1 * moved < lagging < 0.95 * moved
 
 
+@pytest.mark.slow
+def test_the_average_of_divided_adapters_is_merged(llamas, tmp_path):
+    log = tmp_path / "log"
+    more = {"lora__rank": 4, "lora__merge": "true", "ema_decay": 0.5, "optimizer__lr": 1e-2}
+    assert run("grpo", flags("grpo", llamas, tmp_path / "one", **more), log) == 0, log.read_text()
+    assert run_on_two("grpo", flags("grpo", llamas, tmp_path / "two", **more), log, engine="fsdp") == [0, 0], log.read_text()
+    one, two = (load_file(tmp_path / name / "ema" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert json.loads((tmp_path / "two" / "ema" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
 def test_checks_are_not_lost_with_a_minibatch_without_scores(world, tmp_path):
     """The first minibatch has no reply with a score; that sampling and scoring disagree is said all the same."""
     (tmp_path / "late.py").write_text("def late(where):\n    return [None] * len(where)\n")
