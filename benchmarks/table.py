@@ -170,6 +170,7 @@ def startup_table(lines: Sequence[Line]) -> str:
 
 TABLES = {
     "ppo": ppo_table,
+    "grpo": rate_table("samples", ("shape",), 2),
     "sft": rate_table("tokens", ("shape", "precision"), 0),
     "rm": rate_table("pairs", ("shape", "prompt", "reply"), 1),
     "memory": memory_table,
