@@ -24,7 +24,7 @@ from rlhf.data.examples import PairExample, pair_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.dpo import PAIR_LOSSES
-from rlhf.functional.preference import accuracy, wilson_interval
+from rlhf.functional.preference import accuracy
 from rlhf.models.roles import open_dpo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
@@ -32,6 +32,7 @@ from rlhf.training.accumulation import MicroBatch
 from rlhf.training.entry import run_stage
 from rlhf.training.opening import open_training
 from rlhf.training.reference import ReferenceLogprobs, log_ratios, reply_logprobs, require_equal_start
+from rlhf.training.reward_figures import record_accuracy
 from rlhf.training.session import Training
 
 SHOW = ("loss", "accuracy", "margin")
@@ -131,12 +132,7 @@ def evaluate(train: Training, config: DpoConfig, policy, pairs: list[PairExample
     with train.evaluating():
         for micro in train.accumulate(pairs, config.micro_batch_size):
             add_statistics(stats, micro, reply_logprobs(policy, micro.items, train.device), config.loss, "eval/")
-    values = train.reduce(stats)
-    low, high = wilson_interval(values["eval/accuracy"] * len(pairs), len(pairs))
-    values |= {"eval/accuracy_low": low, "eval/accuracy_high": high, "eval/pairs": len(pairs)}
-    recorded = train.record_evaluation(step, values)
-    train.note(f"held-out accuracy {values['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}, {len(pairs)} pairs)")
-    return recorded
+    return record_accuracy(train, step, train.reduce(stats), len(pairs), "pairs")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Estimators, conventions and where TRL differs: docs/grpo.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -29,8 +28,7 @@ import torch
 from rlhf.config.parse import Invocation
 from rlhf.config.schema import GrpoConfig
 from rlhf.config.sections import Schedule
-from rlhf.data.examples import PromptExample, prompt_examples
-from rlhf.data.order import Batches, minibatches, row_seeds
+from rlhf.data.order import Batches, minibatches
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
@@ -41,7 +39,7 @@ from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit_without_critic, groups_that_teach
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers, require_answers
+from rlhf.rollout.readers import open_readers, open_scorers
 from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
@@ -49,7 +47,7 @@ from rlhf.rollout.scoring import in_places_of
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
-from rlhf.training.collection import Collection
+from rlhf.training.collection import Collection, read_prompts
 from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
@@ -78,16 +76,7 @@ def main(invocation: Invocation) -> None:
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
-            columns = columns_asked(config.reward, readers)
-            prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
-            require_answers(readers, prompts)
-            roles.check_context(max(map(len, prompts)) + rollout.max_new_tokens, "data.max_length or rollout.max_new_tokens")
-            return prompts
-
-        prompts = read(config.data.train, readers.values())
-        held_out = read(config.data.eval, [*readers.values(), *scorers])[: config.data.eval_limit] if config.data.eval else []
-
+        prompts, held_out = read_prompts(train, config, roles, template, [*readers.values()], scorers)
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
@@ -102,14 +91,8 @@ def main(invocation: Invocation) -> None:
         engine.sync(policy, version=train.step_done)
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
         recording = Recording(train.run, rollout, config.reward, train.is_main, train.step_done)
-        who = train, config, roles, policy, engine, reward
-        collect = Collection(*who, grpo.minibatch_size, scorers, held_out)
+        collect = Collection(train, config, roles, policy, engine, reward, scorers, held_out)
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p)
-
-        def rows_of(asked: list[PromptExample], *purpose: object) -> tuple[list[PromptExample], list[int]]:
-            """Each prompt as often as it gets replies, side by side, and the seeds of these."""
-            rows = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
-            return rows, row_seeds(train.seed(*purpose), [prompt.index for prompt in rows])
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -119,7 +102,7 @@ def main(invocation: Invocation) -> None:
 
             # 1: a prompt whose replies all score the same gives way to one of other prompts, a few times at most
             asked = [prompts[index] for index in batches[step]]
-            rows, seeds = rows_of(asked, "rollout", step)
+            rows, seeds = collect.rows(asked, "rollout", step)
             scored = recording.read(step, rows) or collect.replies(rows, seeds, sampling, ahead.take(step))
             for number in range(grpo.resample):
                 teach = groups_that_teach(scored, rollout.samples_per_prompt, config.reward, running)
@@ -127,23 +110,23 @@ def main(invocation: Invocation) -> None:
                     break
                 places = (~teach).nonzero().flatten().tolist()
                 drawn = [prompts[index] for index in others[step * grpo.resample + number]][: len(places)]
-                more = collect.replies(*rows_of(drawn, "resample", step, number), sampling)
+                more = collect.replies(*collect.rows(drawn, "resample", step, number), sampling)
                 useful = groups_that_teach(more, rollout.samples_per_prompt, config.reward, running)
                 asked, scored = in_places_of(asked, scored, places, drawn, more, useful.nonzero().flatten().tolist())
+                rows, _ = collect.rows(asked, "rollout", step)
 
             # 2, 3: what the policies think of it, and which reply gets how much of the praise
             experience = collect.experience(scored, sampling)
             recording.write(step, experience)
             if rollout.overlap and step + 1 < batches.length:
-                coming = rows_of([prompts[index] for index in batches[step + 1]], "rollout", step + 1)
+                coming = collect.rows([prompts[index] for index in batches[step + 1]], "rollout", step + 1)
                 ahead.begin(engine, step + 1, *coming, sampling)
             greedy = None
             if grpo.estimator == "remax":
                 greedy = collect.replies(asked, [0] * len(asked), Sampling(rollout.max_new_tokens, temperature=0.0))
             experience, stats = credit_without_critic(experience, config, kl.coef, running, greedy)
             train.stats.put(stats)
-            each = [prompt for prompt in asked for _ in range(rollout.samples_per_prompt)]
-            find = partial(found_again, experience, each, roles.tokenizer, config.reward)
+            find = partial(found_again, experience, rows, roles.tokenizer, config.reward)
             usable = train.non_finite.allows(watched(experience), find, grpo.minibatch_size)
             if not experience.scored.any():
                 train.note(f"step {step + 1}: no reply has a score; the update is left out")

@@ -28,7 +28,7 @@ from rlhf.data.examples import RatedExample, mismatched, rated_examples
 from rlhf.data.order import Batches
 from rlhf.data.templates import Template
 from rlhf.functional.dpo import kto_loss
-from rlhf.functional.preference import accuracy, wilson_interval
+from rlhf.functional.preference import accuracy
 from rlhf.models.roles import open_dpo
 from rlhf.models.save import save_model
 from rlhf.report.stats import Stats
@@ -36,6 +36,7 @@ from rlhf.training.accumulation import MicroBatch
 from rlhf.training.entry import run_stage
 from rlhf.training.opening import open_training
 from rlhf.training.reference import ReferenceLogprobs, log_ratios, reply_logprobs, require_equal_start
+from rlhf.training.reward_figures import record_accuracy
 from rlhf.training.session import Training
 
 SHOW = ("loss", "accuracy", "baseline")
@@ -151,12 +152,7 @@ def evaluate(
     with train.evaluating():
         for micro in train.accumulate(rows, config.micro_batch_size):
             add_statistics(stats, micro, reply_logprobs(policy, micro.items, train.device), z_0, config, "eval/")
-    values = train.reduce(stats)
-    low, high = wilson_interval(values["eval/accuracy"] * len(rows), len(rows))
-    values |= {"eval/accuracy_low": low, "eval/accuracy_high": high, "eval/replies": len(rows), "eval/baseline": z_0}
-    recorded = train.record_evaluation(step, values)
-    train.note(f"held-out accuracy {values['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}, {len(rows)} replies)")
-    return recorded
+    return record_accuracy(train, step, train.reduce(stats) | {"eval/baseline": z_0}, len(rows), "replies")
 
 
 if __name__ == "__main__":

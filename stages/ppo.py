@@ -21,15 +21,13 @@ Conventions and defaults with their sources: docs/ppo.md. Without a critic: grpo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 import torch
 
 from rlhf.config.parse import Invocation, Resume
 from rlhf.config.schema import PpoConfig
-from rlhf.data.examples import PromptExample, prompt_examples
-from rlhf.data.order import Batches, minibatches, row_seeds
+from rlhf.data.order import Batches, minibatches
 from rlhf.data.templates import Template
 from rlhf.fp8.apply import is_on as fp8_is_on
 from rlhf.functional.kl import controller
@@ -41,14 +39,14 @@ from rlhf.rollout.ahead import Ahead
 from rlhf.rollout.credit import RunningScores, credit
 from rlhf.rollout.engines import open_engine
 from rlhf.rollout.experience import Experience
-from rlhf.rollout.readers import Reader, columns_asked, open_readers, open_scorers, require_answers
+from rlhf.rollout.readers import open_readers, open_scorers
 from rlhf.rollout.recording import Recording
 from rlhf.rollout.rewards import open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
-from rlhf.training.collection import Collection
+from rlhf.training.collection import Collection, read_prompts
 from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
@@ -85,17 +83,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        def read(path: str, readers: Iterable[Reader]) -> list[PromptExample]:
-            columns = columns_asked(config.reward, readers)
-            prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
-            require_answers(readers, prompts)
-            longest = max(map(len, prompts)) + config.rollout.max_new_tokens
-            roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
-            return prompts
-
-        prompts = read(config.data.train, readers.values())
-        held_out = read(config.data.eval, [*readers.values(), *scorers])[: config.data.eval_limit] if config.data.eval else []
-
+        prompts, held_out = read_prompts(train, config, roles, template, [*readers.values()], scorers)
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
@@ -111,13 +99,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         engine.sync(policy, version=train.step_done)
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)
         recording = Recording(train.run, rollout, config.reward, train.is_main, train.step_done)
-        who = train, config, roles, policy, engine, reward
-        collect = Collection(*who, config.ppo.minibatch_size, scorers, held_out)
-
-        def batch_of(step: int) -> tuple[list[PromptExample], list[int]]:
-            """The prompts of an iteration, each as often as it gets replies, and the seeds of these."""
-            asked = [prompts[index] for index in batches[step] for _ in range(rollout.samples_per_prompt)]
-            return asked, row_seeds(train.seed("rollout", step), [prompt.index for prompt in asked])
+        collect = Collection(train, config, roles, policy, engine, reward, scorers, held_out)
 
         # -- the loop ------------------------------------------------------------------------------------------------
         for step in train.steps():
@@ -126,12 +108,13 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
-            asked, seeds = batch_of(step)
+            asked, seeds = collect.rows([prompts[index] for index in batches[step]], "rollout", step)
             scored = recording.read(step, asked) or collect.replies(asked, seeds, sampling, ahead.take(step))
             experience = collect.experience(scored, sampling)
             recording.write(step, experience)
             if rollout.overlap and step + 1 < batches.length:
-                ahead.begin(engine, step + 1, *batch_of(step + 1), sampling)
+                coming = collect.rows([prompts[index] for index in batches[step + 1]], "rollout", step + 1)
+                ahead.begin(engine, step + 1, *coming, sampling)
 
             # 3: which token gets how much of it
             experience, stats = credit(experience, config, kl.coef, running)

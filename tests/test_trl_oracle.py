@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from rlhf.config.schema import GrpoConfig
-from rlhf.data.collate import comparisons, pad, pair_batch, ranking_batch, reply_row, sft_batch, token_batch
+from rlhf.data.collate import comparisons, last_row, pad, ranking_batch, reply_row, sft_batch, token_batch
 from rlhf.data.examples import PairExample, RankedExample, SftExample
 from rlhf.functional.masked import zero_outside
 from rlhf.functional.preference import bradley_terry_loss, center_penalty
@@ -81,7 +81,8 @@ def test_reward_model(center, margins, tiny, tmp_path):
         for pair, margin in zip(PAIRS, margins or (0.0, 0.0), strict=True)
     ]
     scores = ActorCritic(critic=critic)(ranking_batch(ranked), roles=("critic",)).values
-    assert torch.equal(scores, ActorCritic(critic=critic)(pair_batch(PAIRS), roles=("critic",)).values)
+    one_by_one = token_batch(last_row(pair.prompt, side) for pair in PAIRS for side in (pair.chosen, pair.rejected))
+    assert torch.equal(scores, ActorCritic(critic=critic)(one_by_one, roles=("critic",)).values)
     pairs = comparisons(ranked, like=scores)
     chosen, rejected = scores[pairs.better], scores[pairs.worse]
     ours = bradley_terry_loss(chosen, rejected, pairs.margin, pairs.target).mean()

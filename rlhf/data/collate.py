@@ -115,13 +115,8 @@ def trained_places(example: SftExample) -> list[int]:
     return [place - 1 for place, trained in enumerate(example.trained) if trained and place > 0]
 
 
-def pair_batch(pairs: Sequence[PairExample]) -> TokenBatch:
-    """Both sides of every pair, read at their last tokens: the chosen reply first, then the rejected one."""
-    return token_batch(last_row(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected))
-
-
-def ranking_batch(examples: Iterable[RankedExample]) -> TokenBatch:
-    """Every reply once, read at its last token: prompt by prompt, in the order of its replies."""
+def ranking_batch(examples: Iterable[RankedExample | PairExample]) -> TokenBatch:
+    """Every reply once, read at its last token: prompt by prompt, in the order of its replies (a pair: chosen first)."""
     return token_batch(last_row(example.prompt, reply) for example in examples for reply in example.replies)
 
 

@@ -267,7 +267,7 @@ def _roles_of_policy(config: PolicyStage, policy: ActorCritic) -> Roles:
                 f"the critic would start from the reward model {spec}, whose {other} is not that of the actor {source.actor}: "
                 "set roles.critic to `zero`, or to a model that has the actor's"
             )
-    return _roles(source.actor, policy, config.trust_remote_code)
+    return _roles(source.actor, policy, config.trust_remote_code, tokenizer)
 
 
 def critic_source(config: PpoConfig) -> str:
@@ -351,8 +351,12 @@ def _with_lora(model: nn.Module, spec: str, config: Stage, scalar: bool) -> nn.M
     return add_lora(model, source, lora, scalar, config.seed)  # pyright: ignore[reportArgumentType]
 
 
-def _roles(source: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
-    tokenizer, generation = load_tokenizer(source, trust_remote_code), load_generation_config(source)
+def _roles(
+    source: str, policy: ActorCritic, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Roles:
+    """`tokenizer`: the source's, where it has been opened already."""
+    tokenizer = load_tokenizer(source, trust_remote_code) if tokenizer is None else tokenizer
+    generation = load_generation_config(source)
     require_rows(policy, tokenizer)
     stops = stop_ids(generation, tokenizer)
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]

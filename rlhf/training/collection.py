@@ -12,13 +12,14 @@ from typing import TypeVar
 from torch import nn
 
 from rlhf.config.schema import PolicyStage
-from rlhf.data.examples import PromptExample
+from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import row_seeds
+from rlhf.data.templates import Template
 from rlhf.models.roles import Roles
 from rlhf.rollout.engines import Engine, Samples
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
-from rlhf.rollout.readers import Reader
+from rlhf.rollout.readers import Reader, columns_asked, require_answers
 from rlhf.rollout.rewards import CombinedReward
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.scoring import Scored, join, score
@@ -26,6 +27,24 @@ from rlhf.training.accumulation import MicroBatch, scoring_micro_batches
 from rlhf.training.session import Training
 
 Part = TypeVar("Part")
+
+
+def read_prompts(
+    train: Training, config: PolicyStage, roles: Roles, template: Template, readers: Sequence[Reader], scorers: Sequence[Reader]
+) -> tuple[list[PromptExample], list[PromptExample]]:
+    """(to train on, held out): with the columns that those who score them ask for."""
+
+    def read(path: str, readers: Sequence[Reader]) -> list[PromptExample]:
+        columns = columns_asked(config.reward, readers)
+        prompts = train.read(path, prompt_examples(path, config.data, template, columns), "prompts")
+        require_answers(readers, prompts)
+        longest = max(map(len, prompts)) + config.rollout.max_new_tokens
+        roles.check_context(longest, "data.max_length or rollout.max_new_tokens")
+        return prompts
+
+    data = config.data
+    prompts = read(data.train, readers)
+    return prompts, read(data.eval, [*readers, *scorers])[: data.eval_limit] if data.eval else []
 
 
 @dataclass(frozen=True)
@@ -37,14 +56,13 @@ class Collection:
     """As the engine made it: `roles.policy` is inside."""
     engine: Engine
     reward: CombinedReward
-    minibatch_size: int
-    """Replies: a row goes to the rank and into the micro-batch in which the first epoch takes it."""
     scorers: Sequence[Reader] = ()
     held_out: Sequence[PromptExample] = ()
 
-    def __call__(self, asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling) -> Experience:
-        """A reply to each prompt, scored, with what the policies think of it."""
-        return self.experience(self.replies(asked, seeds, sampling), sampling)
+    def rows(self, asked: Sequence[PromptExample], *purpose: object) -> tuple[list[PromptExample], list[int]]:
+        """Each prompt as often as it gets replies, side by side, and the seeds of these."""
+        rows = [prompt for prompt in asked for _ in range(self.config.rollout.samples_per_prompt)]
+        return rows, row_seeds(self.train.seed(*purpose), [prompt.index for prompt in rows])
 
     def replies(
         self, asked: Sequence[PromptExample], seeds: Sequence[int], sampling: Sampling, known: Samples | None = None
@@ -79,13 +97,15 @@ class Collection:
         train, config = self.train, self.config
         asked = list(self.held_out) * config.eval.samples_per_prompt
         sampling = Sampling(config.rollout.max_new_tokens, config.eval.temperature)
-        experience = self(asked, row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked]), sampling)
+        seeds = row_seeds(train.seed("evaluation"), [prompt.index for prompt in asked])
+        experience = self.experience(self.replies(asked, seeds, sampling), sampling)
         metrics, samples = evaluate(experience, asked, self.scorers, self.roles.tokenizer, config.report.samples)
         recorded = train.record_evaluation(step, {f"eval/{name}": value for name, value in metrics.items()}, samples)
         return {name.removeprefix("eval/"): value for name, value in recorded.items()}
 
     def _micros(self, count: int) -> list[MicroBatch]:
-        sizes = count, self.minibatch_size, self.config.micro_batch_size
+        """A row goes to the rank and into the micro-batch in which the first epoch takes it."""
+        sizes = count, self.config.update.minibatch_size, self.config.micro_batch_size
         return scoring_micro_batches(*sizes, self.train.rank, self.train.world_size)
 
     def _rows_here(self, count: int) -> list[int]:

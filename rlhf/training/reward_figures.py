@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from rlhf.functional.preference import (
 )
 from rlhf.functional.rewards import gain_bias
 from rlhf.training.accumulation import MicroBatch
+
+if TYPE_CHECKING:
+    from rlhf.training.session import Training
 
 ALONE = 8
 """Prompts whose replies are scored a second time, one by one."""
@@ -178,3 +181,15 @@ def _lengths(examples: Sequence[RankedExample]) -> Tensor:
 
 def _mean(values: Tensor, weight: Tensor) -> float:
     return float((weight * values).sum() / weight.sum())
+
+
+def record_accuracy(train: Training, step: int, values: dict[str, float], count: int, what: str) -> dict[str, float]:
+    """Records an evaluation of implicit rewards, on `count` pairs or replies, and says how often they are right, with Wilson's
+    95% interval."""
+    accuracy = values["eval/accuracy"]
+    low, high = wilson_interval(accuracy * count, count)
+    recorded = train.record_evaluation(
+        step, values | {"eval/accuracy_low": low, "eval/accuracy_high": high, f"eval/{what}": count}
+    )
+    train.note(f"held-out accuracy {accuracy:.3f} (95%: {low:.3f} to {high:.3f}, {count} {what})")
+    return recorded

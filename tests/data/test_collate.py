@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.collate import Row, last_row, pair_batch, reply_batch, reply_row, sft_batch, token_batch
+from rlhf.data.collate import Row, last_row, ranking_batch, reply_batch, reply_row, sft_batch, token_batch
 from rlhf.data.examples import PairExample, RatedExample, SftExample, mismatched
 from rlhf.errors import DataError
 
@@ -41,7 +41,7 @@ def test_the_last_token_is_followed_by_nothing():
 
 
 def test_pairs_alternate():
-    batch = pair_batch([PairExample([2], [3, 4], [5]), PairExample([6], [7], [8])])
+    batch = ranking_batch([PairExample([2], [3, 4], [5]), PairExample([6], [7], [8])])
     assert batch.ids.tolist() == [2, 3, 4, 5, 6, 7, 8]
     assert batch.ids[batch.read].tolist() == [4, 5, 7, 8]
 

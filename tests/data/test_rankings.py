@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlhf.config.sections import Data
-from rlhf.data.collate import comparisons, pair_batch, ranking_batch
-from rlhf.data.examples import Comparison, PairExample, RankedExample, ranked_examples, reference_examples
+from rlhf.data.collate import comparisons, last_row, ranking_batch, token_batch
+from rlhf.data.examples import Comparison, RankedExample, ranked_examples, reference_examples
 from rlhf.data.rows import read_rows
 from rlhf.data.templates import Template
 from rlhf.errors import DataError
@@ -128,7 +128,7 @@ def test_f4_replies_equal_after_truncation_make_no_pair(template, tmp_path):
 
 def test_a_pair_goes_through_the_model_as_ever():
     ranked = ranking_batch([RankedExample([2], [[3, 4], [5]], [0, 1]), RankedExample([6], [[7], [8]], [0, 1])])
-    pairs = pair_batch([PairExample([2], [3, 4], [5]), PairExample([6], [7], [8])])
+    pairs = token_batch([last_row([2], [3, 4]), last_row([2], [5]), last_row([6], [7]), last_row([6], [8])])
     assert ranked.ids.tolist() == pairs.ids.tolist()
     assert ranked.read.tolist() == pairs.read.tolist()
     assert ranked.segments == pairs.segments

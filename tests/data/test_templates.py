@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.config.policies import PromptData
 from rlhf.config.schema import SftData
 from rlhf.config.sections import Data
-from rlhf.data.collate import pair_batch, sft_batch
+from rlhf.data.collate import ranking_batch, sft_batch
 from rlhf.data.examples import SftExample, pair_examples, prompt_examples, rated_examples, sft_examples
 from rlhf.data.templates import Template, tokenizer_digests
 from rlhf.errors import DataError
@@ -129,7 +129,7 @@ def test_f4_pairs_equal_after_truncation_are_dropped(tokenizer, tmp_path):
     found = pair_examples(path, Data(train=path, max_length=4, too_long="truncate"), template(tokenizer, "plain"))
     assert len(found.items) == 1
     assert any("1 pairs dropped" in note for note in found.notes)
-    batch = pair_batch(found.items)
+    batch = ranking_batch(found.items)
     assert batch.ids.tolist() == ids("<s> hi yes </s> no </s>")  # the prompt once
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
     assert batch.read.tolist() == [3, 5]

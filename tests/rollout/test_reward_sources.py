@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from rlhf.config.rewards import Reward
 from rlhf.config.schema import PpoConfig
 from rlhf.config.sections import Data
-from rlhf.data.collate import pair_batch
+from rlhf.data.collate import ranking_batch
 from rlhf.data.examples import PromptExample, pair_examples
 from rlhf.data.rows import Row
 from rlhf.data.templates import Template
@@ -112,7 +112,7 @@ def test_a_model_with_another_tokenizer_reads_text(place):
     reading = Template(own.tokenizer, "auto", own.stop_ids)
     pairs = pair_examples(str(place / "pairs.jsonl"), Data(train="none"), reading).items
     with torch.no_grad():
-        chosen = own.policy(pair_batch(pairs), roles=("critic",)).values.view(-1, 2)[:, 0]
+        chosen = own.policy(ranking_batch(pairs), roles=("critic",)).values.view(-1, 2)[:, 0]
     finished = [ended for _, ended in REPLIES]
     np.testing.assert_allclose(found.scores[finished].numpy(), chosen[finished].numpy(), rtol=0, atol=1e-5)
 

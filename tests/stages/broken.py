@@ -94,6 +94,22 @@ def in_kl(module: ModuleType, fault: Fault) -> None:
     collection.score = score  # in the fork
 
 
+def logprobs_shifted_by(nats: float) -> Callable[[ModuleType], None]:
+    """Sampling and scoring disagree."""
+
+    def change(_: ModuleType) -> None:
+        right = collection.score
+
+        def wrong(*arguments):
+            found = right(*arguments)
+            found.logprobs.add_(nats)
+            return found
+
+        collection.score = wrong  # in the fork
+
+    return change
+
+
 def in_advantage(module: ModuleType, fault: Fault) -> None:
     plain = module.credit
 

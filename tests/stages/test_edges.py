@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from broken import logprobs_shifted_by
 from harness import flags, metrics, run, start_on, wait
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from rlhf.errors import DataError
 from rlhf.models.load import Loading, load_actor
-from rlhf.training import collection
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
@@ -106,17 +106,7 @@ def test_the_rank_that_fails_says_why(world, tmp_path):
 
 
 def test_a_failed_check_is_named_in_the_status(world, tmp_path):
-    def shifted(_) -> None:
-        right = collection.score
-
-        def wrong(*arguments):
-            found = right(*arguments)
-            found.logprobs.add_(1.0)
-            return found
-
-        collection.score = wrong  # in the fork
-
-    assert run("ppo", flags("ppo", world, tmp_path / "ppo", data__eval="null"), tmp_path / "log", shifted) == 1
+    assert run("ppo", flags("ppo", world, tmp_path / "ppo", data__eval="null"), tmp_path / "log", logprobs_shifted_by(1.0)) == 1
     assert "rollout log-probs" in json.loads((tmp_path / "ppo" / "status.json").read_text())["reason"]
 
 

@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
+from broken import logprobs_shifted_by
 from harness import before_each_step, flags, left, metrics, run, run_on_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from rlhf.training import collection
 
 ESTIMATORS = ("grpo", "rloo", "reinforce++", "reinforce++-baseline", "remax")
 EXTRAS = {"ema_decay": 0.5, "kl__refresh_every": 2, "kl__refresh_keep": 0.25, "ptx__batch_size": 4, "ptx__coef": 0.5}
@@ -154,16 +153,6 @@ def test_checks_are_not_lost_with_a_minibatch_without_scores(world, tmp_path):
     """The first minibatch has no reply with a score; that sampling and scoring disagree is said all the same."""
     (tmp_path / "late.py").write_text("def late(where):\n    return [None] * len(where)\n")
 
-    def shifted(_) -> None:
-        right = collection.score
-
-        def wrong(*arguments):
-            found = right(*arguments)
-            found.logprobs.add_(5.0)
-            return found
-
-        collection.score = wrong  # in the fork
-
     more = {"reward": f"{tmp_path}/late.py:late", "data__eval": "null"}
-    assert run("grpo", flags("grpo", world, tmp_path / "run", **more), tmp_path / "log", shifted) == 1
+    assert run("grpo", flags("grpo", world, tmp_path / "run", **more), tmp_path / "log", logprobs_shifted_by(5.0)) == 1
     assert "rollout log-probs" in (tmp_path / "log").read_text()
