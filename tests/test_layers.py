@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf"
 STAGES = ROOT / "stages"
 PICTURE = (
-    "errors paths digest | config | functional | fp8 | checkpoints data | models | rollout | runs | report | training | cli"
+    "errors paths digest | config | functional | fp8 | checkpoints data | models | rollout | runs | report | training | "
+    "commands | cli"
 )
 RANK = {layer: rank for rank, layers in enumerate(PICTURE.split("|")) for layer in layers.split()}
 DOORS = {"__init__", "__main__"}  # rlhf/__init__.py and rlhf/__main__.py stand in front of every layer
@@ -75,7 +76,7 @@ def layer_violations(layer: str, source: str) -> list[str]:
             wrong.append(f"{layer} may not import {other}")
     if layer in LIGHT:
         wrong += [f"{layer} may never import {name}" for name in top_levels(modules) & HEAVY]
-    if layer == "cli" or layer in DOORS:
+    if layer in {"cli", "commands"} | DOORS:
         wrong += [f"{layer} must start without {name}" for name in top_levels(imported_on_start(tree)) & HEAVY]
     if layer == "functional":
         others = own_layers(modules) - {"functional", "errors"} | top_levels(modules) - {"rlhf"} - FUNCTIONAL_LIBRARIES
@@ -184,7 +185,7 @@ def heavy_modules_after(code: str, cwd: Path) -> set[str]:
 
 
 def test_the_command_and_the_light_layers_start_without_torch(tmp_path: Path) -> None:
-    files = [file for file in PACKAGE_FILES if layer_of(file) in LIGHT or file == PACKAGE / "__init__.py"]
+    files = [file for file in PACKAGE_FILES if layer_of(file) in LIGHT | {"commands"} or file == PACKAGE / "__init__.py"]
     modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     assert heavy_modules_after(f"import rlhf.cli, {', '.join(modules)}", tmp_path) == set()
 

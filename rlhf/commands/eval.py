@@ -1,0 +1,13 @@
+"""`rlhf eval`: how good a model is on held-out rows."""
+
+from __future__ import annotations
+
+
+def run(argv: list[str]) -> int:
+    from rlhf.config.parse import parse
+
+    invocation = parse("eval", argv)
+
+    from rlhf.training.evaluate_command import evaluate
+
+    return evaluate(invocation)
