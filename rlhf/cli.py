@@ -36,7 +36,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   generate MODEL     replies to the prompts of a file       chat     talk to a policy
   eval MODEL         how good it is on held-out rows        score    a reward model over the rows of a file
   convert SRC DST    a checkpoint into another format       vocab    new pieces for tokenizer and model
-  serve-reward RM    a reward model as a service            path, copy  a stage's recipe, to read, to edit
+  serve-reward RM    a reward model as a service            path, copy, schema   a recipe; its config for editors
 
 A model is a Hugging Face id (owner/name@revision), a model directory, a Megatron checkpoint, a .gguf file or a run.
 `rlhf sft --help` lists every field of the config; each is a flag: --optimizer.lr 1e-5.

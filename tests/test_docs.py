@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf import errors
+from rlhf import cli, errors
 from rlhf.cli import main
+from rlhf.commands import convert
+from rlhf.config.fields import leaves
 from rlhf.config.parse import SCHEMAS, parse
 from rlhf.config.schema import DpoConfig, PpoConfig, Section
 from rlhf.paths import CONFIGS, STAGES
@@ -202,3 +205,58 @@ def test_every_field_is_described():
 
     missing = [name for schema in SCHEMAS.values() for name, text in fields(schema) if not text]
     assert not missing
+
+
+MOVING = (ROOT / "docs" / "moving.md").read_text()
+HERE = [row.split("|")[2] for row in MOVING.splitlines() if row.startswith("| ") and not row.startswith("|---")]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`", " ".join(HERE))) - {"metrics.jsonl"})
+)
+def test_what_users_move_to_is_a_field(name):
+    assert any(name in leaves(schema) for schema in SCHEMAS.values())
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`?(--[a-z_-]+)", " ".join(HERE)))))
+def test_what_users_move_to_is_a_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["ppo", "--help"])
+    ppo = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    assert flag in ppo + capsys.readouterr().out + cli.HELP + convert.USAGE
+
+
+STAND_INS = {
+    "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit; done',
+    "scontrol": 'case $1 in show) printf "node0\\nnode1\\n";; *) echo "$@" >> "$CALLS";; esac',
+    "rlhf": 'exec "$PYTHON" -m rlhf "$@"',
+}
+
+
+def slurm_job(user: Path, stand_ins: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Slurm's commands are played; what they start is real."""
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "launching.md").read_text(), re.S)
+    assert script is not None
+    (user / "job.sh").write_text(script[1])
+    for name, body in stand_ins.items():
+        (user / name).write_text(f"#!/bin/bash\n{body}\n")
+        (user / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    ours = {"PATH": f"{user}:{os.environ['PATH']}", "CALLS": str(user / "calls"), "PYTHON": sys.executable}
+    command = ["bash", str(user / "job.sh"), *words]
+    return subprocess.run(command, env=os.environ | slurm | ours, capture_output=True, text=True)
+
+
+def test_the_slurm_job_is_planned_on_both_machines(user):
+    done = slurm_job(user, STAND_INS, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert {rank: done.stdout.count(f"--machine_rank {rank}") > 0 for rank in (0, 1)} == {0: True, 1: True}
+    assert "node0" in done.stdout
+    assert not (user / "calls").exists()
+
+
+def test_the_slurm_job_is_requeued_when_its_time_is_up(user):
+    assert slurm_job(user, STAND_INS | {"srun": "exit 143"}).returncode == 143
+    assert (user / "calls").read_text() == "requeue 7\n"
