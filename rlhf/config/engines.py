@@ -43,9 +43,17 @@ def require_packages(config: Stage, engine: Engine) -> None:
         raise ConfigError("the launch file asks for DeepSpeed, which is not installed: pip install 'rlhf[deepspeed]'")
     if config.lora.base == "nf4" and find_spec("bitsandbytes") is None:
         raise ConfigError("lora.base: `nf4` needs the package bitsandbytes: pip install 'rlhf[qlora]'")
+    require_trackers(config)
     for backend, package, extra in (("te", "transformer_engine", "fp8"), ("torchao", "torchao", "torchao")):
         if config.fp8.recipe != "none" and config.fp8.backend == backend and find_spec(package) is None:
             raise ConfigError(f"fp8.backend {backend}: {package} is not installed: pip install 'rlhf[{extra}]'")
+
+
+def require_trackers(config: Stage) -> None:
+    """Raises ConfigError where one is not installed, which accelerate would pass over."""
+    for tracker in config.report.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"report.trackers: {tracker} is not installed: pip install {tracker}")
 
 
 def checked_deepspeed(content: Any, place: str) -> dict[str, Any]:

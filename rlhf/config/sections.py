@@ -233,7 +233,7 @@ class NonFinite(Section):
 class Report(Section):
     samples: Annotated[int, Field(ge=0)] = 4
     """Prompts whose replies are written to samples.jsonl and the console at each evaluation."""
-    trackers: tuple[Literal["tensorboard"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl, which is the record: each is a package of its own."""
     profile: bool = False
     """Profile the third step after a start: a trace, and its time by phase and kind of operator, in profile/ of the run."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
             if train.world_size > 1:
                 train.note(all_reduce_speed(train.device, train.world_size))
             if config.report.trackers:
-                accelerator.init_trackers(stage)
+                accelerator.init_trackers(stage, init_kwargs=_named(train.run))
             yield train
         except BaseException as error:
             stop.ending()  # or a launcher that ends this process, too, would cut short what is said of it
@@ -69,6 +70,12 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
             if cause is error:
                 raise
             raise cause from error
+
+
+def _named(run: Path) -> dict[str, dict[str, str]]:
+    """What each tracker calls the run, and where it keeps its files."""
+    name, place = run.resolve().name, str(run)
+    return {"wandb": {"name": name, "dir": place}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
 
 
 def _open_run(train: Training, stack: ExitStack) -> None:

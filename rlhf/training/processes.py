@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from rlhf.config.engines import Engine as Named
-from rlhf.config.engines import require_fit
+from rlhf.config.engines import require_fit, require_trackers
 from rlhf.config.schema import Stage
 from rlhf.errors import ConfigError
 from rlhf.paths import shipped_or_own
@@ -50,6 +50,7 @@ def start_processes(config: Stage) -> tuple[Accelerator, Engine]:
         ConfigError: the launch file sets a precision, names an engine that is not installed or cannot do with this config, or
             the launcher started another number of processes than was asked for.
     """
+    require_trackers(config)
     precision = "bf16" if config.precision == "bf16" else "no"
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision):

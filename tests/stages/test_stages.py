@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -156,3 +157,13 @@ def test_tensorboard_shows_what_metrics_say(world, tmp_path):
     written = {line["step"]: line["loss"] for line in metrics(tmp_path / "sft") if "loss" in line}
     assert shown == pytest.approx(written)
     assert len(shown) == 4
+
+
+def test_a_tracker_that_is_not_installed_is_no_silence(world, tmp_path):
+    """Accelerate itself would go on without it."""
+    if find_spec("trackio"):
+        pytest.skip("trackio is installed here")
+    log = tmp_path / "log"
+    assert run("sft", flags("sft", world, tmp_path / "sft", report__trackers="trackio"), log) == 78
+    assert "trackio is not installed: pip install trackio" in log.read_text()
+    assert not (tmp_path / "sft" / "run.json").exists()
