@@ -133,7 +133,7 @@ def sft_examples(path: str, config: TextReading, template: Template) -> Examples
     rows = _read(path, "sft" if config.json_key is None else "text", config, config.json_key)
     examples, untrained = [], 0
     for row in rows.rows:
-        ids, trained = _sft_tokens(row, template)
+        ids, trained = sft_tokens(row, template)
         if config.loss_on == "all":
             trained = [True] * len(ids)
         if not limit.allows(len(ids), row.where):
@@ -261,7 +261,7 @@ def prompt_examples(
     return _done(path, examples, rows, limit.notes())
 
 
-def _sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
+def sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
     fields = row.fields
     if "text" in fields:
         ids = template.text(fields["text"])

@@ -14,6 +14,7 @@ Each of prompt, completion, chosen, rejected and responses is a string or a list
 one row have the same form:
 - an hh-rlhf transcript becomes messages: the prompt is all before the open "Assistant:", " text" after it one message;
 - a reply given as a string beside a prompt of messages becomes one assistant message;
+- Alpaca's instruction and input become the prompt, its output the completion;
 - ShareGPT turns ({"from", "value"}) become messages; so does one bare turn given as a reply;
 - pairs that are whole conversations (messages or transcripts) are split where they part, as TRL's implicit prompt.
 A row of kind prompt may hold a whole conversation (messages, or chosen): all before its last reply is the prompt.
@@ -38,8 +39,11 @@ from rlhf.data.formats import Problem, Record, open_source
 from rlhf.data.shapes import SHAPES, ExtraColumns, Kind, Schema
 from rlhf.errors import DataError
 
+MAX_LINE_BYTES = 8 * 2**20
 PROBLEMS_SHOWN = 20
 REASONS_SHOWN = 5
+ALIKE_SHOWN = 5
+"""Mistakes that are all the same, a misnamed column say, are told once."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ class Rows:
     notes: list[str]
 
 
+@dataclass
+class Scan:
+    """What a file holds: usable rows, what is wrong with the others, pairs without a difference, remarks."""
+
+    rows: list[Row]
+    problems: list[Problem]
+    notes: list[str]
+    dropped: int
+
+
 def read_rows(
     path: str | Path,
     kind: Kind,
@@ -82,7 +96,7 @@ def read_rows(
     asked: Mapping[str, str] = MappingProxyType({}),
     on_error: Literal["fail", "skip"] = "fail",
     max_skip_fraction: float = 0.01,
-    max_line_bytes: int = 8 * 2**20,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Rows:
     """Reads a .jsonl, .jsonl.gz, .json or .parquet file.
 
@@ -94,39 +108,54 @@ def read_rows(
     Raises DataError, one line a mistake as `file:line:column: reason; fix`, and ConfigError where `columns` or
     `json_key` do not fit the kind.
     """
-    path = Path(path)
-    schema = Schema.of(kind, columns or {}, json_key, extra_columns, asked)
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    notes: list[str] = []
-    remarks: Counter[str] = Counter()
-    dropped = 0
-    for record in open_source(path, notes, max_line_bytes):
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        try:
-            known = schema.fields_of(record.value)
-            fields = SHAPES[schema.kind](known)
-        except BadRow as error:
-            problems.append(Problem(record.where, error.reason, error.fix))
-            continue
-        remarks.update(known.remarks)
-        if fields is None:
-            dropped += 1
-        else:
-            rows.append(Row(record.where, fields, schema.others_of(record.value)))
-
+    found = scan_rows(
+        path, kind, columns=columns, json_key=json_key, extra_columns=extra_columns, asked=asked, max_line_bytes=max_line_bytes
+    )
+    path, rows, problems, notes, dropped = Path(path), found.rows, found.problems, found.notes, found.dropped
     total = len(rows) + dropped + len(problems)
     _check_problems(path, problems, total, 0.0 if on_error == "fail" else max_skip_fraction)
     if not rows:
         raise DataError(f"{path}: no usable row; in all {dropped} pairs chosen equals rejected")
-    notes += [f"{remark} in {_count(number)}." for remark, number in sorted(remarks.items())]
     if problems:
         notes.append(f"Bad rows were skipped: {_reasons(problems)}.")
     if repeats := len(rows) - len({row.asks for row in rows}):
         notes.append(f"A {'text' if 'text' in rows[0].fields else 'prompt'} seen before is repeated in {_count(repeats)}.")
     return Rows(rows, notes)
+
+
+def scan_rows(
+    path: str | Path,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str] | None = None,
+    json_key: str | None = None,
+    extra_columns: ExtraColumns = "fail",
+    asked: Mapping[str, str] = MappingProxyType({}),
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> Scan:
+    """All that is right and wrong with a file, without an opinion on how much of it may be; arguments as of `read_rows`.
+
+    Raises DataError where there is no such file, ConfigError where `columns` or `json_key` do not fit the kind.
+    """
+    schema = Schema.of(kind, columns or {}, json_key, extra_columns, asked)
+    found, remarks = Scan([], [], [], 0), Counter[str]()
+    for record in open_source(Path(path), found.notes, max_line_bytes):
+        if isinstance(record, Problem):
+            found.problems.append(record)
+            continue
+        try:
+            known = schema.fields_of(record.value)
+            fields = SHAPES[schema.kind](known)
+        except BadRow as error:
+            found.problems.append(Problem(record.where, error.reason, error.fix))
+            continue
+        remarks.update(known.remarks)
+        if fields is None:
+            found.dropped += 1
+        else:
+            found.rows.append(Row(record.where, fields, schema.others_of(record.value)))
+    found.notes.extend(f"{remark} in {_count(number)}." for remark, number in sorted(remarks.items()))
+    return found
 
 
 def first_columns(path: str, max_line_bytes: int) -> list[str]:
@@ -151,6 +180,9 @@ def _check_problems(path: Path, problems: list[Problem], total: int, allowed_fra
 
 
 def _report(problems: list[Problem]) -> str:
+    if len(problems) > ALIKE_SHOWN and len({(problem.reason, problem.fix) for problem in problems}) == 1:
+        others = ", ".join(problem.where for problem in problems[1:ALIKE_SHOWN])
+        return f"{problems[0]}\nand in {_count(len(problems) - 1)} more the same: {others}, ..."
     lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
     if rest := problems[PROBLEMS_SHOWN:]:
         lines.append(f"and {len(rest)} more: {_reasons(rest)}")

@@ -47,6 +47,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 ALIASES = {"response": "completion", "choosen": "chosen", "conversations": "messages"}
 
 SHAREGPT = "ShareGPT turns were read as messages"
+ALPACA = "Alpaca's instruction, input and output were read as prompt and completion"
 TRANSCRIPT = "hh-rlhf transcripts were read as messages"
 SPLIT = "The prompt was split off where chosen and rejected part"
 EQUAL_PAIR = "The pair was dropped because chosen equals rejected"
@@ -59,14 +60,17 @@ class Fields:
     values: dict[str, Any]
     columns: dict[str, str]  # our field -> the file's column, also for fields the row lacks
     remarks: set[str]
+    given: tuple[str, ...] = ()
+    """The file's columns of the row, known or not."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
     def require(self, name: str) -> Any:
         if name not in self.values:
-            found = ", ".join(self.columns[known] for known in self.values) or "no known column"
-            raise BadRow(f"{self.columns[name]} is missing", f"the row has {found}; data.columns maps other names")
+            others = [column for column in self.given if column not in self.columns.values()]
+            hint = f"; is it one of them? --data.columns.{name} {others[0]}" if others else ""
+            raise BadRow(f"{self.columns[name]} is missing", f"the row has {', '.join(self.given) or 'no column'}{hint}")
         return self.values[name]
 
     def text(self, name: str) -> str:
@@ -178,6 +182,8 @@ class Schema:
             raise ConfigError("data.columns: two fields are read from one column; give each its own")
         unmapped = [name for name in fields if name not in columns]
         aliases = {alias: name for alias, name in ALIASES.items() if name in unmapped}
+        if "messages" not in fields and "prompt" in unmapped:
+            aliases["conversations"] = "prompt"  # LLaMA-Factory's pairs: turns that both replies follow
         names = aliases | {name: name for name in unmapped} | mapped  # what the user mapped comes last and holds
         return cls(kind, names, {name: columns.get(name, name) for name in fields}, extra_columns, asked)
 
@@ -189,6 +195,9 @@ class Schema:
         """The known columns of one record; unknown ones are an error unless they are to be ignored."""
         if not isinstance(value, dict):
             raise BadRow(f"expected an object, found {describe(value)}")
+        alpaca = is_alpaca(value) and "prompt" in self.columns and "instruction" not in self.names
+        if alpaca:
+            value = of_alpaca(value)
         for column, who in self.asked.items():
             if value.get(column) is None:
                 lacks = "is null" if column in value else "is missing"
@@ -201,16 +210,29 @@ class Schema:
             raise BadRow(f"unknown column{'s' if len(extra) > 1 else ''} {listed}", fix)
         values: dict[str, Any] = {}
         columns = dict(self.columns)
-        remarks = {f"Column {column!r} was not read" for column in extra}
+        remarks = {f"Column {column!r} was not read" for column in extra} | ({ALPACA} if alpaca else set())
         for column, name in self.names.items():
             if column not in value:
                 continue
             if name in values:
                 raise BadRow(f"{columns[name]} and {column} both give the {name}", "keep one of them")
             values[name], columns[name] = value[column], column
-            if ALIASES.get(column) == name:
+            if column in ALIASES and column not in self.columns.values():
                 remarks.add(f"Column {column!r} was read as {name!r}")
-        return Fields(values, columns, remarks)
+        return Fields(values, columns, remarks, tuple(value))
+
+
+def is_alpaca(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("instruction"), str) and "prompt" not in value and "messages" not in value
+
+
+def of_alpaca(value: dict[str, Any]) -> dict[str, Any]:
+    """Instruction and input on lines of their own, as LLaMA-Factory joins them; columns beside them stay."""
+    value = dict(value)
+    parts = [value.pop("instruction"), value.pop("input", None)]
+    if "output" in value and "completion" not in value:
+        value["completion"] = value.pop("output")
+    return {"prompt": "\n".join(part for part in parts if part), **value}
 
 
 @lru_cache  # a file of a million rows asks the same a million times

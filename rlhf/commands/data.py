@@ -1,0 +1,189 @@
+"""`rlhf data`: what a file of training data holds, before anything is trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config.arguments import Parser, positive
+from rlhf.errors import DataError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from rlhf.data.shapes import Kind
+
+USAGE = """\
+rlhf data check FILE [--stage STAGE] [--model MODEL --max-length N] [--against FILE] [--columns.prompt NAME ...] [--json]
+rlhf data preview FILE --model MODEL [--rows N] [--max-length N] [--stage STAGE] [--columns.prompt NAME ...]
+rlhf data split FILE TRAIN EVAL [--part 0.1] [--stage STAGE] [--columns.prompt NAME ...] [--json]
+rlhf data clean FILE OUTPUT [--keep-html] [--stage STAGE] [--columns.prompt NAME ...] [--json]
+
+  FILE is .jsonl, .jsonl.gz, .json or .parquet. --stage: sft, rm, dpo, kto or ppo; without it, what the first row can be.
+  check     the shape of its rows, every mistake with its place (exit 65), and what is odd: duplicates, contradictions, lengths,
+            HTML, broken encodings, longer replies preferred; with a model, what is cut and which pairs are equal then;
+            --against: prompts that stand in another file as well (train and eval, say)
+  preview   rows as a model gets them: each token, what is trained on in colour, where replies end, two BOS as an error
+  split     TRAIN and EVAL (.jsonl): a row's place follows from a hash of its prompt, so equal prompts stay on one side, and
+            a file that grows keeps its split
+  clean     OUTPUT (.jsonl) and OUTPUT.report.json: without bad rows, duplicates and equal pairs; broken encodings mended
+            where that is certain, HTML and control characters taken out. FILE stays as it is.
+  --columns.FIELD NAME      our name of a column and the file's; --json-key NAME: plain text"""
+
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "dpo": "pair", "kto": "rated", "ppo": "prompt", "grpo": "prompt"}
+STAGES_OF: dict[Kind, str] = {"text": "sft", "sft": "sft", "ranking": "rm or dpo", "rated": "kto", "prompt": "ppo or grpo"}
+FIELDS = (
+    "prompt",
+    "completion",
+    "messages",
+    "text",
+    "chosen",
+    "rejected",
+    "responses",
+    "label",
+    "scores",
+    "ranks",
+    "margin",
+    "tie",
+)
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser(USAGE)
+    parser.add_argument("action", choices=("check", "preview", "split", "clean"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("outputs", type=Path, nargs="*")
+    parser.add_argument("--stage", choices=tuple(KINDS))
+    parser.add_argument("--model")
+    parser.add_argument("--max-length", type=positive, default=1024)
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--rows", type=positive, default=2)
+    parser.add_argument("--part", type=float, default=0.1)
+    parser.add_argument("--keep-html", action="store_true")
+    parser.add_argument("--json-key")
+    for field in FIELDS:
+        parser.add_argument(f"--columns.{field}", dest=f"columns.{field}", metavar="NAME")
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    given = parser.parse_args(argv)
+    _require_fit(given)
+    given.columns = {field: name for field in FIELDS if (name := getattr(given, f"columns.{field}"))}
+    given.kind = _kind(given)
+    return {"check": _check, "preview": _preview, "split": _split, "clean": _clean}[given.action](given)
+
+
+def _require_fit(given: argparse.Namespace) -> None:
+    expected = {"check": 0, "preview": 0, "split": 2, "clean": 1}[given.action]
+    if len(given.outputs) != expected:
+        raise UsageError(f"data {given.action}: expected {expected} files after FILE, found {len(given.outputs)}\n{USAGE}")
+    if given.action == "preview" and not given.model:
+        raise UsageError("data preview: give --model, whose tokenizer and template the rows are read with")
+    if not 0 < given.part < 1:
+        raise UsageError(f"--part {given.part:g}: expected a number above 0 and below 1")
+    for output in given.outputs:
+        if output.suffix != ".jsonl":
+            raise UsageError(f"{output}: is written as .jsonl; name it so")
+        if output.exists():
+            raise OutputError(f"{output}: is there already; name another file, or remove it")
+        if not output.parent.is_dir():
+            raise OutputError(f"{output}: there is no directory {output.parent}")
+
+
+def _kind(given: argparse.Namespace) -> Kind:
+    from rlhf.data.survey import guess_kind
+
+    if given.json_key:
+        return "text"
+    if given.stage:
+        return KINDS[given.stage]
+    if kind := guess_kind(given.file, given.columns):
+        return kind
+    raise DataError(f"{given.file}: its first row is of no kind that is known; say --stage, and it is told what is missing")
+
+
+def _check(given: argparse.Namespace) -> int:
+    from rlhf.data.survey import check
+
+    found = check(given.file, given.kind, given.columns, given.json_key, given.against)
+    if given.model:
+        found["tokens"] = _in_tokens(given)
+    if given.as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(_described(found)))
+    return DataError.exit_code if found["errors"] else 0
+
+
+def _described(found: dict[str, Any]) -> list[str]:
+    yields = [f"{found['file']}: {found['rows']} rows for {STAGES_OF[found['kind']]}, each with {', '.join(found['fields'])}"]
+    yields += [f"  read      {note}" for note in found["notes"]]
+    yields += [f"  error     {problem}" for problem in found["errors"]]
+    yields += [f"  odd       {finding['text']}" for finding in found["findings"]]
+    for name, sizes in found["characters"].items():
+        yields.append(f"  length    {name}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()) + " characters")
+    yields += [f"  tokens    {note}" for note in found.get("tokens", [])]
+    if not found["errors"] and not found["findings"]:
+        yields.append("  ok        no error, nothing odd")
+    return yields
+
+
+def _in_tokens(given: argparse.Namespace) -> list[str]:
+    """What a stage would say of the file, with everything too long cut."""
+    from rlhf.config.sections import Reading, TextReading
+    from rlhf.data.examples import prompt_examples, ranked_examples, rated_examples, sft_examples
+    from rlhf.data.survey import PARTS, percentiles
+
+    settings: dict[str, Any] = {"columns": given.columns, "extra_columns": "ignore", "max_length": given.max_length}
+    settings |= {"too_long": "truncate", "on_error": "skip", "max_skip_fraction": 1.0}
+    template = _template(given.model)
+    if given.kind in ("sft", "text"):
+        found = sft_examples(str(given.file), TextReading(json_key=given.json_key, **settings), template)
+    else:
+        read = {"ranking": ranked_examples, "pair": ranked_examples, "rated": rated_examples, "prompt": prompt_examples}
+        found = read[given.kind](str(given.file), Reading(**settings), template)
+    sizes = ", ".join(
+        f"{part} {size:,}" for part, size in zip(PARTS, percentiles([len(one) for one in found.items]), strict=True)
+    )
+    return [f"{len(found.items)} rows are left: {sizes} tokens", *found.notes]
+
+
+def _template(model: str) -> Any:
+    from rlhf.data.templates import Template
+    from rlhf.models.load import load_generation_config, load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(model)
+    return Template(tokenizer, "auto", stop_ids(load_generation_config(model), tokenizer))
+
+
+def _preview(given: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlhf.data.preview import preview
+
+    console = Console(highlight=False, soft_wrap=True)
+    twice = False
+    template = _template(given.model)
+    for row in preview(given.file, given.kind, given.columns, given.json_key, template, given.rows, given.max_length):
+        console.print(row.text)
+        twice = twice or row.two_bos
+    return DataError.exit_code if twice else 0
+
+
+def _split(given: argparse.Namespace) -> int:
+    from rlhf.data.mend import split_file
+
+    counts = split_file(given.file, given.kind, given.columns, given.json_key, given.outputs, given.part)
+    result = {str(output): count for output, count in zip(given.outputs, counts, strict=True)}
+    print(json.dumps(result) if given.as_json else "\n".join(f"{file}: {count} rows" for file, count in result.items()))
+    return 0
+
+
+def _clean(given: argparse.Namespace) -> int:
+    from rlhf.data.mend import clean_file
+
+    report = clean_file(given.file, given.kind, given.columns, given.json_key, given.outputs[0], given.keep_html)
+    if given.as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        changes = "".join(f"\n  {len(places)} rows: {name}" for name, places in report["changes"].items())
+        print(f"{given.outputs[0]}: {report['written']} of {report['read']} rows{changes}")
+    return 0

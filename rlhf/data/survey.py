@@ -1,0 +1,214 @@
+"""What is odd about data that can be read: the findings of `rlhf data check`, each with its count and the first places.
+
+Nothing here is an error: a row may hold HTML on purpose, and a prompt may be asked twice. Errors are the reader's (rows.py).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.formats import Record, open_source
+from rlhf.data.rows import MAX_LINE_BYTES, Row, read_rows, scan_rows
+from rlhf.data.shapes import SHAPES, BadRow, Dialogue, Kind, Schema
+
+PLACES_SHOWN = 3
+LENGTH_BIAS = 0.55
+"""Share of pairs whose better reply is the longer one above which it is said: hh-rlhf has 0.59."""
+PARTS = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
+TAGS = "a|b|br|code|div|em|font|h[1-6]|i|img|li|ol|p|pre|script|span|strong|style|table|td|th|tr|u|ul"
+HTML = re.compile(rf"</?(?:{TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d+|#x[0-9a-f]+);", re.IGNORECASE)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
+CONTINUED = "[" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")) + "]"
+MOJIBAKE = re.compile(f"[Â-ß]{CONTINUED}|[à-ï]{CONTINUED}{{2}}|[ð-ô]{CONTINUED}{{3}}")
+"""UTF-8 that was read as Windows-1252: what became of a lead byte and of the bytes that continue it."""
+
+ORDER: tuple[Kind, ...] = ("ranking", "rated", "sft", "prompt")
+"""Kinds a file is tried as, the one that asks for most first."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    count: int
+    of: int
+    text: str
+    places: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.places[:PLACES_SHOWN])
+        more = f" and {self.count - PLACES_SHOWN} more" if self.count > PLACES_SHOWN else ""
+        return f"{self.count} of {self.of} rows {self.text}" + (f": {shown}{more}" if shown else "")
+
+
+def guess_kind(path: Path, columns: dict[str, str]) -> Kind | None:
+    """The kind as which the first row that is JSON at all can be read, columns nobody knows aside."""
+    for record in open_source(path, [], MAX_LINE_BYTES):
+        if isinstance(record, Record):
+            return next((kind for kind in ORDER if _fits(kind, record.value, columns)), None)
+    return None
+
+
+def _fits(kind: Kind, value: Any, columns: dict[str, str]) -> bool:
+    known = {name: column for name, column in columns.items() if name in Schema.of(kind, {}, None, "ignore").columns}
+    try:
+        SHAPES[kind](Schema.of(kind, known, None, "ignore").fields_of(value))
+    except BadRow:
+        return False
+    return True
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string in it, roles aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name not in ("role", "from"):
+                yield from texts(item)
+
+
+def is_mojibake(text: str) -> bool:
+    """Whether it reads as UTF-8 once Windows-1252 is undone: what happens to hold the same letters does not."""
+    return unmangled(text) != text
+
+
+def unmangled(text: str) -> str:
+    """Each letter that is UTF-8 read as Windows-1252, as what it was; all else as it is."""
+
+    def letter(match: re.Match[str]) -> str:
+        try:
+            return match[0].encode("cp1252").decode()
+        except UnicodeError:  # an overlong form, a surrogate
+            return match[0]
+
+    return MOJIBAKE.sub(letter, text)
+
+
+def without_html(text: str) -> str:
+    """Tags taken out (a line break for `<br>` and `</p>`), entities read."""
+    return html.unescape(
+        HTML.sub(lambda tag: "\n" if re.match(r"<br|</p", tag[0], re.I) else ("" if tag[0][0] == "<" else tag[0]), text)
+    )
+
+
+FLAWS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "html": (lambda text: HTML.search(text) is not None, "hold remnants of HTML"),
+    "encoding": (lambda text: "\ufffd" in text or is_mojibake(text), "hold letters of a broken encoding (Ã©, �)"),
+    "control": (lambda text: CONTROL.search(text) is not None, "hold control characters"),
+}
+
+
+def survey(rows: Sequence[Row]) -> list[Finding]:
+    """All findings on the rows of one file that are not nothing."""
+    found = [
+        Finding(name, len(places), len(rows), text, tuple(places))
+        for name, (has, text) in FLAWS.items()
+        if (places := [row.where for row in rows if any(map(has, texts(row.fields)))])
+    ]
+    return found + [finding for finding in (_duplicates(rows), _contradictions(rows), _length_bias(rows)) if finding]
+
+
+def _finding(name: str, places: Iterable[str], of: int, text: str) -> Finding | None:
+    places = tuple(places)
+    return Finding(name, len(places), of, text, places) if places else None
+
+
+def key_of(row: Row) -> str:
+    return json.dumps(row.fields, sort_keys=True, ensure_ascii=False)
+
+
+def _duplicates(rows: Sequence[Row]) -> Finding | None:
+    seen: set[str] = set()
+    places = [row.where for row in rows if (key := key_of(row)) in seen or seen.add(key)]
+    return _finding("duplicates", places, len(rows), "say what a row before them says")
+
+
+def _contradictions(rows: Sequence[Row]) -> Finding | None:
+    """Rows that prefer what another row of the same prompt rejects."""
+    prefers: dict[bytes, set[tuple[str, ...]]] = defaultdict(set)
+    places = []
+    for row in rows:
+        if preference := tuple(json.dumps(reply, sort_keys=True) for reply in preference_of(row)):
+            if preference[::-1] in prefers[row.asks]:
+                places.append(row.where)
+            prefers[row.asks].add(preference)
+    return _finding("contradictions", places, len(rows), "prefer what a row before them rejects")
+
+
+def preference_of(row: Row) -> tuple[Dialogue, ...]:
+    """(better reply, worse reply) of a pair; nothing of a tie, and of more than two."""
+    fields = row.fields
+    if "chosen" in fields:
+        return fields["chosen"], fields["rejected"]
+    if len(fields.get("responses", ())) != 2 or fields["ranks"][0] == fields["ranks"][1]:
+        return ()
+    one, other = fields["responses"]
+    return (one, other) if fields["ranks"][0] < fields["ranks"][1] else (other, one)
+
+
+def _length_bias(rows: Sequence[Row]) -> Finding | None:
+    sizes = [tuple(characters(reply) for reply in pair) for row in rows if (pair := preference_of(row))]
+    longer = sum(better > worse for better, worse in sizes)
+    if not sizes or longer / len(sizes) <= LENGTH_BIAS:
+        return None
+    return Finding("length", longer, len(sizes), "prefer the longer reply, so that a reward model may learn length alone", ())
+
+
+def characters(value: Any) -> int:
+    return sum(map(len, texts(value)))
+
+
+def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Characters of each field over all rows."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.fields.items():
+            if name not in ("ranks", "margin", "label"):
+                found[name].append(characters(value))
+    return dict(found)
+
+
+def percentiles(values: Sequence[int]) -> list[int]:
+    """At each of PARTS, the smallest value that so many per cent of all are not above (the nearest rank)."""
+    ordered = sorted(values)
+    return [ordered[max(0, ceil(per_cent * len(ordered) / 100) - 1)] for per_cent in PARTS.values()]
+
+
+def check(
+    path: Path, kind: Kind, columns: dict[str, str], json_key: str | None = None, against: Path | None = None
+) -> dict[str, Any]:
+    """All there is to say of a file without a tokenizer.
+
+    Raises DataError where it, or `against`, cannot be read at all; ConfigError where a column is none of the kind.
+    """
+    options: dict[str, Any] = {"columns": columns, "json_key": json_key, "extra_columns": "ignore"}
+    found = scan_rows(path, kind, **options)
+    findings = survey(found.rows)
+    if found.dropped:
+        findings.append(Finding("equal", found.dropped, found.dropped + len(found.rows), "choose what they reject", ()))
+    if against is not None:
+        asked = {row.asks for row in read_rows(against, guess_kind(against, columns) or kind, **options, on_error="skip").rows}
+        places = [row.where for row in found.rows if row.asks in asked]
+        if leaked := _finding("leakage", places, len(found.rows), f"ask what a row of {against} asks"):
+            findings.append(leaked)
+    return {
+        "file": str(path),
+        "kind": kind,
+        "rows": len(found.rows) + found.dropped + len(found.problems),
+        "fields": sorted({name for row in found.rows for name in row.fields} - {"margin"}),
+        "notes": found.notes,
+        "errors": [str(problem) for problem in found.problems],
+        "findings": [{"name": one.name, "rows": one.count, "text": str(one)} for one in findings],
+        "characters": {name: dict(zip(PARTS, percentiles(sizes), strict=True)) for name, sizes in lengths(found.rows).items()},
+    }
