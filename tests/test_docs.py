@@ -260,3 +260,13 @@ def test_the_slurm_job_is_planned_on_both_machines(user):
 def test_the_slurm_job_is_requeued_when_its_time_is_up(user):
     assert slurm_job(user, STAND_INS | {"srun": "exit 143"}).returncode == 143
     assert (user / "calls").read_text() == "requeue 7\n"
+
+
+def test_commands_of_the_data_page_run(user):
+    """In their order: what one writes is there for the next, and nothing is written twice."""
+    many = "".join(json.dumps({"prompt": f"a b {'c ' * count}", "completion": "d"}) + "\n" for count in range(20))
+    (user / "chats.jsonl").write_text(many)
+    commands = re.findall(r"^ {4}rlhf (data .*)", (ROOT / "docs" / "data.md").read_text(), re.M)
+    assert {command.split()[1] for command in commands} == {"check", "preview", "split", "clean"}
+    for command in commands:
+        assert main(command.split()) == 0, command
