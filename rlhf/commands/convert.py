@@ -15,7 +15,7 @@ USAGE = """\
 rlhf convert SRC DST --to hf|megatron|te|bf16|fp8 [--dry-run] [--verify [--reference DIR]] [--json]
 
   SRC is a Megatron checkpoint (legacy, core, torch_dist; its root or one iteration), a Hugging Face directory, a run,
-  a LoRA adapter or FSDP's shards (--to hf merges them).
+  a LoRA adapter or FSDP's shards (--to hf merges them), a .gguf file (--to hf).
   What it is, how it is spread over ranks and every size are found out. What cannot be known:
     --config DIR            a Hugging Face directory of the same model: config.json and tokenizer come from it
     --family NAME           the table of names to use; an unknown name lists them
@@ -61,7 +61,9 @@ def run(argv: list[str]) -> int:
     if (source / "run.json").is_file():
         source = Path(resolve(str(source)).path)
     if (source / "adapter_config.json").is_file():
-        return _merge(source, given)
+        return _as_plain_model(source, "LoRA adapter", "merges", "merged into its base", given)
+    if source.suffix == ".gguf" and source.is_file():
+        return _as_plain_model(source, "GGUF file", "writes", "dequantised to float32", given)
     if not given.dry_run:
         digest.begin(weight_files(source))
     # Pages of 2 MB for tensors that come and go: pages of 4 kB cost 0.7 s for 1.5 GB. Torch asks when it is imported.
@@ -87,24 +89,23 @@ def run(argv: list[str]) -> int:
     return convert(request, given.dry_run, given.verify, given.reference, given.as_json)
 
 
-def _merge(adapter: Path, given: argparse.Namespace) -> int:
+def _as_plain_model(source: Path, kind: str, does: str, what: str, given: argparse.Namespace) -> int:
+    """What models/ opens by itself is written as a Hugging Face directory; nothing else can be asked for."""
     if given.to != "hf":
-        raise UsageError(f"{adapter}: a LoRA adapter; --to hf merges it into its base, and the result converts to {given.to}")
+        raise UsageError(f"{source}: a {kind}; --to hf {does} it ({what}), and the result converts to {given.to}")
     for name in ("verify", "config", "family", "rotary_base", "contiguous_gate"):
         if getattr(given, name):
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{flag}: {adapter} is a LoRA adapter, which is merged into its base and nothing else; leave it out"
-            )
+            raise UsageError(f"{flag}: {source} is a {kind}, which is {what} and nothing else; leave it out")
     if given.destination.exists():
         raise OutputError(f"{given.destination}: is there already; name another directory, or remove it")
     if not given.dry_run:
         from rlhf.models.save import save_merged
 
-        save_merged(str(adapter), given.destination)
+        save_merged(str(source), given.destination)
     if given.as_json:
-        print(json.dumps({"from": "LoRA adapter", "to": "Hugging Face, merged", "destination": str(given.destination)}))
+        print(json.dumps({"from": kind, "to": f"Hugging Face, {what}", "destination": str(given.destination)}))
     else:
-        outcome = "would be merged" if given.dry_run else "merged"
-        print(f"convert  the adapter {adapter}, {outcome} into its base: {given.destination}")
+        outcome = "would be " if given.dry_run else ""
+        print(f"convert  the {kind} {source}, {outcome}{what}: {given.destination}")
     return 0

