@@ -46,20 +46,29 @@ class Chart:
 
 
 def curves(title: str, note: str, series: dict[str, Points], limit: float | None = None) -> Chart | None:
-    """Lines over steps; None where no series has a finite number."""
+    """Lines over steps; None where there is no more than one step to draw."""
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     drawn = {name: averaged(points, MOST_POINTS) for name, points in finite.items() if points}
-    if not drawn:
-        return None
     every = [point for points in drawn.values() for point in points]
-    x_axis, y_axis = ticks([x for x, _ in every]), ticks([y for _, y in every] + ([limit] if limit is not None else []))
-    return _chart(title, note, drawn, x_axis, y_axis, limit)
+    steps = [x for x, _ in every]
+    if len(set(steps)) < 2:
+        return None
+    inside = [x for x in ticks(steps) if min(steps) <= x <= max(steps)]
+    y_axis = ticks([y for _, y in every] + ([limit] if limit is not None else []))
+    return _chart(title, note, drawn, inside, y_axis, limit, (min(steps), max(steps)))
 
 
 def _chart(
-    title: str, note: str, drawn: dict[str, Points], x_axis: list[float], y_axis: list[float], limit: float | None
+    title: str,
+    note: str,
+    drawn: dict[str, Points],
+    x_axis: list[float],
+    y_axis: list[float],
+    limit: float | None,
+    ends: tuple[float, float] | None = None,
 ) -> Chart:
-    across, up = _scales(x_axis, y_axis)
+    """`ends`: of the x axis, where they are not the first and the last tick."""
+    across, up = _scales(ends or x_axis, y_axis)
     lines = []
     for name, points in drawn.items():
         placed = [(across(x), up(y)) for x, y in points]

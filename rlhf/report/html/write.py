@@ -10,7 +10,7 @@ from rlhf.report.html.gather import RunPage, find_runs, gather
 from rlhf.report.html.verdict import worst
 
 TEMPLATE = "page.html.j2"
-WORDS = {"good": "All is well", "warn": "Look at the warnings", "bad": "Something is wrong"}
+WORDS = {"good": "Nothing looks wrong", "warn": "Look at the warnings", "bad": "Something is wrong"}
 
 
 def write_report(place: Path, output: Path | None = None) -> tuple[Path, list[RunPage]]:
