@@ -44,22 +44,26 @@ def remove(run: Path, force: bool = False) -> None:
     """Deletes the run's directory.
 
     Args:
-        force: even where other runs were made from it. A run in progress is never deleted.
+        force: even where other runs were made from it, or it was killed. What another process holds is never deleted.
 
     Raises:
-        DataError: it is no run, holds other runs, or another run beside it was made from it.
+        DataError: it is no run, holds other runs, or was killed, or another run beside it was made from it.
         Locked: it is in progress.
         OutputError: the system refuses.
     """
     if run.is_symlink() or not (run / MANIFEST).is_file():
-        raise DataError(f"{run}: not a run (no {MANIFEST} in it, or a link), so it is left alone; `rlhf runs list` names the runs")
+        raise DataError(
+            f"{run}: not a run (no {MANIFEST} in it, or a link), so it is left alone; `rlhf runs list` names the runs"
+        )
     read_manifest(run)
     if inner := [place for place in _places(run) if place.resolve() != run.resolve()]:
         raise DataError(f"{run}: holds another run, {inner[0]}; remove that first")
     check_unlocked(run)
+    status = read_status(run)
+    if not force and status is not None and status["state"] == "running":  # on another machine a lock may not be seen
+        raise DataError(f"{run}: says that it is running, on {status['host']}; if it was killed, --force removes it")
     if not force and (others := made_from(run)):
-        named = ", ".join(map(str, others))
-        raise DataError(f"{run}: {named} was made from it, and could not be checked or made again; --force removes it all the same")
+        raise DataError(f"{run}: made from it: {', '.join(map(str, others))}; --force removes it all the same")
     try:
         with run_lock(run):
             shutil.rmtree(run)
@@ -68,7 +72,7 @@ def remove(run: Path, force: bool = False) -> None:
 
 
 def made_from(run: Path) -> list[Path]:
-    """Runs beside this one, or under a directory beside it, that read something of it: by place, or by its manifest's digest."""
+    """Runs beside this one, or under a directory beside it, that read something of it, by its place or its manifest."""
     own, digest = run.resolve(), manifest_digest(run)
     return [
         place

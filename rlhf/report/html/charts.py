@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 360, 190
@@ -96,7 +96,7 @@ def calibration(points: Points) -> Chart | None:
     return _chart("Calibration", "share of right answers, by how sure the model was", drawn, axis, upward, None)
 
 
-def histogram(title: str, note: str, series: dict[str, Sequence[float]], bins: int = 12) -> Chart | None:
+def histogram(title: str, note: str, series: Mapping[str, Sequence[float]], bins: int = 12) -> Chart | None:
     """Counts of each series side by side in common bins; None where there is nothing to count."""
     values = {name: [value for value in found if math.isfinite(value)] for name, found in series.items()}
     values = {name: found for name, found in values.items() if found}
@@ -115,11 +115,11 @@ def histogram(title: str, note: str, series: dict[str, Sequence[float]], bins: i
     across, up = _scales(x_axis, [float(y) for y in y_axis])
     width = (across(high) - across(low)) / bins / len(counts)
     bars = [
-        (round(across(low + place * step) + number * width, 1), up(count), round(width * 0.9, 1), round(up(0) - up(count), 1), number)
+        (across(low + place * step) + number * width, up(count), width * 0.9, up(0) - up(count), number)
         for number, found in enumerate(counts.values())
         for place, count in enumerate(found)
         if count
-    ]  # fmt: skip
+    ]
     ticks_x, ticks_y = [Tick(across(x), f"{x:.3g}") for x in x_axis], [Tick(up(y), f"{y:g}") for y in y_axis]
     return Chart(title, note, [], ticks_x, ticks_y, bars, list(counts))
 

@@ -84,7 +84,7 @@ def gather(run: Path) -> RunPage:
         findings=found,
         facts=_facts(manifest, metrics),
         rows=_rows(result),
-        charts=[*drawn, *_distributions(result, samples)],
+        charts=[*drawn, *_distributions(run, result, samples)],
         others=others,
         samples=samples[:MOST_PROMPTS],
         prompts=len(samples),
@@ -123,7 +123,7 @@ def _curves(config: dict[str, Any], metrics: list[dict[str, Any]]) -> tuple[list
     return [chart for chart in drawn if chart], [chart for chart in others if chart]
 
 
-def _distributions(result: dict[str, Any], samples: list[Sampled]) -> list[charts.Chart]:
+def _distributions(run: Path, result: dict[str, Any], samples: list[Sampled]) -> list[charts.Chart]:
     bins = result.get("eval/reliability", {}).values()
     found = [charts.calibration([(row["predicted"], row["observed"]) for row in bins])]
     steps = sorted({step for sampled in samples for step, *_ in sampled.replies})
@@ -133,9 +133,25 @@ def _distributions(result: dict[str, Any], samples: list[Sampled]) -> list[chart
         ]
         for step in dict.fromkeys(steps[:1] + steps[-1:])
     }
-    count = sum(map(len, scores.values()))
-    found.append(charts.histogram("Scores of the sampled replies", f"{count} replies, counted by score", scores))
+    for title, counted in (("Scores of the sampled replies", scores), ("Scores of the rollouts", _recorded(run))):
+        count = sum(map(len, counted.values()))
+        found.append(charts.histogram(title, f"{count} replies, counted by score", counted))
     return [chart for chart in found if chart]
+
+
+def _recorded(run: Path) -> dict[str, list[float]]:
+    """Scores of the first and of the last rollouts, where the run kept them (`--record`)."""
+    from safetensors import safe_open
+
+    def step(file: Path) -> int:
+        return int(file.stem.removeprefix("step-"))
+
+    files = sorted((run / "rollouts").glob("step-*.safetensors"), key=step)
+    found = {}
+    for file in dict.fromkeys(files[:1] + files[-1:]):
+        with safe_open(file, framework="numpy") as tensors:
+            found[f"step {step(file)}"] = tensors.get_tensor("scores").tolist()
+    return found
 
 
 def _samples(records: list[dict[str, Any]]) -> list[Sampled]:
@@ -195,4 +211,5 @@ def _command(manifest: dict[str, Any]) -> str:
     ours = script.name == f"{stage}.py" and script.parent.name in ("stages", "_stages")
     processes = manifest.get("world_size", 1)
     spread = ["--nproc", str(processes)] if ours and processes > 1 and "--nproc" not in words else []
-    return without_secrets(shlex.join([*(["rlhf", stage] if ours else ["python", words[0]]), *words[1:], *spread]))
+    first = shlex.join(["rlhf", stage] if ours else ["python", words[0]])
+    return without_secrets(" \\\n  ".join([first, *map(shlex.quote, [*words[1:], *spread])]))

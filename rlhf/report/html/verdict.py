@@ -26,7 +26,7 @@ class Finding:
 
 
 def worst(findings: Sequence[Finding]) -> Level:
-    return max((finding.level for finding in findings), key=ORDER.index, default="good")
+    return ORDER[max((ORDER.index(finding.level) for finding in findings), default=0)]
 
 
 def ending(state: str, reason: str) -> Finding:
