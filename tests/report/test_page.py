@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from harness import flags
+from harness import run as run_stage
 
 from rlhf.commands.report import run
 from rlhf.errors import DataError, OutputError
@@ -62,7 +64,7 @@ def test_the_command_of_a_recipe_and_of_a_copy(place):
     assert "To run it again" in page.text
     for word in recorded["command"][1:]:
         assert word in page.text
-    recorded["command"] = ["/opt/rlhf/stages/ppo.py", "--reward=https://me:hunter22@host/x", "--a=b c"]
+    recorded["command"] = ["stages/ppo.py", "--reward=https://me:hunter22@host/x", "--a=b c"]
     (place / "ppo" / "run.json").write_text(json.dumps(recorded))
     text = page_of(place / "ppo").text
     assert "rlhf ppo \\\n  --reward=https://***@host/x \\\n  '--a=b c'" in text
@@ -103,6 +105,20 @@ def test_a_run_that_failed_early(place):
     assert "No step was recorded" in page.text
     (ppo / "run.json").unlink()
     assert "The run failed" in page_of(ppo).text
+
+
+@pytest.mark.parametrize(("stage", "said"), [("dpo", "Accuracy"), ("kto", "right on"), ("grpo", "Scores of the rollouts")])
+def test_the_other_stages(stage, said, world, tmp_path):
+    more = {"rollout__record": "true"} if stage == "grpo" else {}
+    log = tmp_path / "log"
+    assert run_stage(stage, flags(stage, world, tmp_path / "run", **more), log) == 0, log.read_text()
+    assert said in page_of(tmp_path / "run").text
+
+
+def test_a_reply_without_a_score(place):
+    with (place / "ppo" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "prompt": "p", "response": "r", "scores": {"score": None}}) + "\n")
+    assert "score none" in page_of(place / "ppo").text
 
 
 def test_what_changed_is_said(place):

@@ -23,10 +23,10 @@ PICTURE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Sampled:
-    """The replies to one prompt, in the order of steps: (step, reply, its scores)."""
+    """The replies to one prompt, in the order of steps: (step, reply, its scores; None where a source gave none)."""
 
     prompt: str
-    replies: list[tuple[int, str, dict[str, float]]]
+    replies: list[tuple[int, str, dict[str, float | None]]]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def _distributions(run: Path, result: dict[str, Any], samples: list[Sampled]) ->
     steps = sorted({step for sampled in samples for step, *_ in sampled.replies})
     scores: dict[str, list[float]] = {
         f"step {step}": [
-            told["score"] for sampled in samples for at, _, told in sampled.replies if at == step and "score" in told
+            score
+            for sampled in samples
+            for at, _, told in sampled.replies
+            if at == step and (score := told.get("score")) is not None
         ]
         for step in dict.fromkeys(steps[:1] + steps[-1:])
     }
@@ -155,7 +158,7 @@ def _recorded(run: Path) -> dict[str, list[float]]:
 
 
 def _samples(records: list[dict[str, Any]]) -> list[Sampled]:
-    by_prompt: dict[str, list[tuple[int, str, dict[str, float]]]] = {}
+    by_prompt: dict[str, list[tuple[int, str, dict[str, float | None]]]] = {}
     for record in sorted(records, key=lambda record: record["step"]):
         told = (record["step"], record["response"], record.get("scores", {}))
         by_prompt.setdefault(record["prompt"], []).append(told)
