@@ -1,0 +1,153 @@
+"""What the files of a run say about it, in plain words: one finding a line, and the worst of them is the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Level = Literal["good", "warn", "bad"]
+ORDER: tuple[Level, ...] = ("good", "warn", "bad")
+
+MANY_CLIPPED = 0.3
+"""Share of tokens whose ratio left the clip range; above it most of a minibatch's gradient may be gone."""
+FEW_ENDED = 0.5
+ENTROPY_LEFT = 0.1
+"""Of what it was in the first iterations; below it the policy says one thing only."""
+LENGTH_CORRELATION = 0.5
+CALIBRATION_ERROR = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Level
+    text: str
+
+
+def worst(findings: Sequence[Finding]) -> Level:
+    return ORDER[max((ORDER.index(finding.level) for finding in findings), default=0)]
+
+
+def ending(state: str, reason: str) -> Finding:
+    said = f": {reason}" if reason else ""
+    match state:
+        case "done":
+            return Finding("good", "The run is done.")
+        case "failed":
+            return Finding("bad", f"The run failed{said}")
+        case "preempted":
+            return Finding("warn", f"The run was stopped and can go on{said}")
+        case "running":
+            return Finding("warn", "The run has not ended, or was killed; the figures are those up to now.")
+        case _:
+            return Finding("warn", "The run left no word on how it ended.")
+
+
+def findings(stage: str, config: dict[str, Any], result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
+    """Of the figures. Nothing is said of what was not measured."""
+    if stage in ("ppo", "grpo"):
+        return [*_reward(result, metrics), *_kl(config, metrics), *_policy(metrics)]
+    if stage in ("rm", "dpo", "kto"):
+        return _accuracy(result)
+    return _loss(metrics)
+
+
+def series(metrics: list[dict[str, Any]], name: str) -> list[float]:
+    return [float(record[name]) for record in metrics if _number(record.get(name))]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _reward(result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
+    """A rise counts where it is more than two standard errors of a batch's mean score."""
+    before, after = (result.get(name, {}).get("score") for name in ("before", "after"))
+    where = "on held-out prompts"
+    trained = [record for record in metrics if _number(record.get("reward/score"))]
+    if before is None or after is None:
+        if len(trained) < 2:
+            return []
+        end = max(1, len(trained) // 5)
+        before, after = (sum(series(part, "reward/score")) / len(part) for part in (trained[:end], trained[-end:]))
+        where = "on the prompts trained on, first against last iterations"
+    variances = [
+        record["reward/score_std"] ** 2 / record["rollout/count"]
+        for record in (trained[:1] + trained[-1:])
+        if _number(record.get("reward/score_std")) and record.get("rollout/count")
+    ]
+    noise, told = 2 * math.sqrt(sum(variances)), f"from {before:.3g} to {after:.3g} {where}"
+    if after - before > noise:
+        return [Finding("good", f"The reward rose {told}.")]
+    if before - after > noise:
+        return [Finding("bad", f"The reward fell {told}.")]
+    return [Finding("warn", f"The reward hardly moved, {told}; chance alone moves it by {noise:.2g}.")]
+
+
+def _kl(config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
+    kl = series(metrics, "kl/sequence")
+    if not kl:
+        return []
+    told, budget = f"{kl[-1]:.3g} nats a reply at the end, {max(kl):.3g} at most", kl_budget(config)
+    if budget is None:
+        return [Finding("good", f"KL from the reference: {told}. No budget was set (kl.controller is fixed).")]
+    if max(kl) > 2 * budget:
+        return [Finding("warn", f"KL from the reference left its budget of {budget:g}: {told}.")]
+    return [Finding("good", f"KL from the reference stayed about its budget of {budget:g}: {told}.")]
+
+
+def kl_budget(config: dict[str, Any]) -> float | None:
+    """What an adaptive controller steers to; a fixed coefficient has none."""
+    kl = config.get("kl", {})
+    return kl.get("target") if kl.get("controller", "fixed") != "fixed" else None
+
+
+def _policy(metrics: list[dict[str, Any]]) -> list[Finding]:
+    found = []
+    clipped, ended = series(metrics, "policy/clip_fraction"), series(metrics, "rollout/ended")
+    entropy, explained = series(metrics, "policy/entropy"), series(metrics, "value/explained_variance")
+    if clipped and (late := _late(clipped)) > MANY_CLIPPED:
+        found.append(Finding("warn", f"{late:.0%} of tokens are clipped: lower optimizer.lr or the epochs."))
+    if ended and (late := _late(ended)) < FEW_ENDED:
+        found.append(Finding("warn", f"Only {late:.0%} of replies end by themselves: raise rollout.max_new_tokens."))
+    if len(entropy) > 4 and _late(entropy) < ENTROPY_LEFT * entropy[0]:
+        found.append(Finding("warn", f"Entropy fell from {entropy[0]:.3g} to {_late(entropy):.3g}: the policy is collapsing."))
+    if len(explained) > 4 and (late := _late(explained)) < 0:
+        found.append(Finding("warn", f"The critic explains nothing of the returns (explained variance {late:.2f})."))
+    return found
+
+
+def _accuracy(result: dict[str, Any]) -> list[Finding]:
+    accuracy, low, high = (result.get(f"eval/{name}") for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    if accuracy is None or low is None or high is None:
+        return []
+    told = f"right on {accuracy:.1%} of what was held out (95%: {low:.1%} to {high:.1%})"
+    found = [Finding("good", f"It is {told}.") if low > 0.5 else Finding("bad", f"No better than a coin: {told}.")]
+    longer, correlation, error = (result.get(f"eval/{n}") for n in ("longer_wins", "length_correlation", "calibration_error"))
+    if longer is not None and longer >= low:
+        found.append(Finding("warn", f"Taking the longer reply, right on {longer:.1%}, may be as good."))
+    if correlation is not None and abs(correlation) > LENGTH_CORRELATION:
+        found.append(Finding("warn", f"Scores go with length (correlation {correlation:+.2f})."))
+    if error is not None and error > CALIBRATION_ERROR:
+        found.append(Finding("warn", f"It is {error:.0%} off in how sure it is."))
+    return found
+
+
+def _loss(metrics: list[dict[str, Any]]) -> list[Finding]:
+    for name, where in (("eval/loss", "held-out loss"), ("loss", "training loss")):
+        loss = series(metrics, name)
+        if len(loss) > 1:
+            told = f"{where} went from {loss[0]:.4g} to {loss[-1]:.4g}"
+            lower = loss[-1] < loss[0]
+            found = [Finding("good" if lower else "bad", f"The {told}.")]
+            if name == "eval/loss" and loss[-1] > 1.05 * min(loss):
+                found.append(Finding("warn", f"It was {min(loss):.4g} before: the run overfits."))
+            return found
+    return []
+
+
+def _late(values: list[float]) -> float:
+    """Mean of the last fifth."""
+    end = values[-max(1, len(values) // 5) :]
+    return sum(end) / len(end)

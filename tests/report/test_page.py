@@ -1,0 +1,149 @@
+"""`rlhf report`: what the page holds, that it holds nothing else, and what is left where a run lacks something."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from harness import flags
+from harness import run as run_stage
+
+from rlhf.commands.report import run
+from rlhf.errors import DataError, OutputError
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Elements(HTMLParser):
+    """Names of elements, and every address that a browser would fetch."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action") and value]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def place(runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs, tmp_path / "runs"))
+
+
+def page_of(place: Path) -> Elements:
+    assert run([str(place)]) == 0
+    return Elements((place / "report.html").read_text())
+
+
+def test_a_pipeline(place):
+    page = page_of(place)
+    assert [at for at in page.addresses if at.startswith("#")] == ["#sft-1", "#rm-2", "#ppo-3"]
+    for said in ("KL from the reference", "Clipped tokens", "Calibration", "The same prompts, before and after", "rollout"):
+        assert said in page.text
+    accuracy = json.loads((place / "rm" / "run.json").read_text())["result"]["eval/accuracy"]
+    assert f"right on {accuracy:.1%}" in page.text
+    first = json.loads((place / "ppo" / "samples.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] in page.text
+    assert not list(place.glob(".report*"))
+
+
+def test_the_command_of_a_recipe_and_of_a_copy(place):
+    page = page_of(place / "ppo")
+    recorded = json.loads((place / "ppo" / "run.json").read_text())
+    assert "To run it again" in page.text
+    for word in recorded["command"][1:]:
+        assert word in page.text
+    recorded["command"] = ["stages/ppo.py", "--reward=https://me:hunter22@host/x", "--a=b c"]
+    (place / "ppo" / "run.json").write_text(json.dumps(recorded))
+    text = page_of(place / "ppo").text
+    assert "rlhf ppo \\\n  --reward=https://***@host/x \\\n  '--a=b c'" in text
+    assert "hunter22" not in text
+    recorded["command"][0] = "my/ppo_copy.py"
+    (place / "ppo" / "run.json").write_text(json.dumps(recorded))
+    assert "python my/ppo_copy.py" in page_of(place / "ppo").text
+
+
+def test_nothing_is_fetched_and_nothing_is_run(place):
+    page = page_of(place)
+    assert all(at.startswith(("#", "data:")) for at in page.addresses)
+    assert "script" not in page.names
+    assert not re.search(r"url\(|@import", (place / "report.html").read_text())
+
+
+def test_text_of_others_is_text(place):
+    record = {"step": 9, "prompt": HOSTILE, "response": HOSTILE, "scores": {HOSTILE: 1.0, "score": 1.0}}
+    with (place / "ppo" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    page = page_of(place)
+    assert page.text.count(HOSTILE) == 3
+    assert "script" not in page.names
+    assert "img" not in page.names
+    assert "script" in Elements(HOSTILE).names  # the check would see one
+
+
+def test_a_run_that_failed_early(place):
+    ppo = place / "ppo"
+    manifest = json.loads((ppo / "run.json").read_text())
+    (ppo / "run.json").write_text(json.dumps(manifest | {"finished": None, "result": {}, "outputs": {}, "files": {}}))
+    status = json.loads((ppo / "status.json").read_text())
+    (ppo / "status.json").write_text(json.dumps(status | {"state": "failed", "reason": "a <b> too many"}))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (ppo / name).unlink()
+    page = page_of(ppo)
+    assert "The run failed: a <b> too many" in page.text
+    assert "No step was recorded" in page.text
+    (ppo / "run.json").unlink()
+    assert "The run failed" in page_of(ppo).text
+
+
+@pytest.mark.parametrize(("stage", "said"), [("dpo", "Accuracy"), ("kto", "right on"), ("grpo", "Scores of the rollouts")])
+def test_the_other_stages(stage, said, world, tmp_path):
+    more = {"rollout__record": "true"} if stage == "grpo" else {}
+    log = tmp_path / "log"
+    assert run_stage(stage, flags(stage, world, tmp_path / "run", **more), log) == 0, log.read_text()
+    assert said in page_of(tmp_path / "run").text
+
+
+def test_a_reply_without_a_score(place):
+    with (place / "ppo" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "prompt": "p", "response": "r", "scores": {"score": None}}) + "\n")
+    assert "score none" in page_of(place / "ppo").text
+
+
+def test_what_changed_is_said(place):
+    (place / "rm" / "model" / "config.json").write_text("{}")
+    assert "Changed since the run finished: model/config.json" in page_of(place / "rm").text
+    assert "Changed since" not in page_of(place / "sft").text
+
+
+def test_a_picture_of_the_run_is_embedded(place):
+    (place / "sft" / "heatmap.png").write_bytes(b"\x89PNG")
+    assert "data:image/png;base64,iVBORw==" in page_of(place / "sft").addresses
+
+
+def test_json_and_another_file(place, capsys):
+    target = place / "other.html"
+    assert run([str(place / "sft"), "--output", str(target), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["report"] == str(target)
+    assert [(one["stage"], one["state"]) for one in told["runs"]] == [("sft", "done")]
+    assert target.is_file()
+    assert not (place / "sft" / "report.html").exists()
+
+
+def test_no_run_and_no_place(place, tmp_path):
+    with pytest.raises(DataError, match="no run"):
+        run([str(tmp_path / "nothing")])
+    with pytest.raises(OutputError, match="cannot be written"):
+        run([str(place), "--output", str(tmp_path / "no" / "x.html")])

@@ -1,0 +1,85 @@
+"""What is said of figures whose meaning is known; each with figures of which it must not be said."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.report.html.verdict import Finding, ending, findings, worst
+
+STEADY = {"reward/score_std": 1.0, "rollout/count": 100, "policy/entropy": 1.0, "rollout/ended": 1.0}
+
+
+def told(stage, result=None, metrics=(), config=None) -> list[tuple[str, str]]:
+    return [(found.level, found.text) for found in findings(stage, config or {}, result or {}, list(metrics))]
+
+
+def of_scores(before, after):
+    """Noise of a difference: 2 sqrt(1/100 + 1/100) = 0.28."""
+    records = [{"step": step, "reward/score": 0.0, **STEADY} for step in range(1, 11)]
+    return told("ppo", {"before": {"score": before}, "after": {"score": after}}, records)
+
+
+@pytest.mark.parametrize(
+    ("after", "level", "text"), [(1.0, "good", "rose"), (-1.0, "bad", "fell"), (0.2, "warn", "hardly moved")]
+)
+def test_the_reward(after, level, text):
+    ((found, said),) = of_scores(0.0, after)
+    assert found == level
+    assert text in said
+
+
+def test_the_reward_without_held_out_prompts():
+    rising = [{"step": step, **STEADY, "reward/score": float(step)} for step in range(10)]
+    ((level, said),) = told("grpo", {}, rising)
+    assert (level, said.split(" on ")[0]) == ("good", "The reward rose from 0.5 to 8.5")
+
+
+@pytest.mark.parametrize(
+    ("kl", "controller", "level"), [(7, "adaptive", "good"), (13, "adaptive", "warn"), (13, "fixed", "good")]
+)
+def test_the_budget_of_kl(kl, controller, level):
+    config = {"kl": {"controller": controller, "target": 6.0}}
+    assert [found for found, said in told("ppo", {}, [{"step": 1, "kl/sequence": kl}], config)] == [level]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "bad"),
+    [
+        ("policy/clip_fraction", [0.5] * 5, True),
+        ("policy/clip_fraction", [0.1] * 5, False),
+        ("rollout/ended", [0.2] * 5, True),
+        ("rollout/ended", [0.9] * 5, False),
+        ("policy/entropy", [1, 1, 1, 1, 0.05], True),
+        ("policy/entropy", [1, 1, 1, 1, 0.5], False),
+        ("value/explained_variance", [0, 0, 0, 0, -1], True),
+        ("value/explained_variance", [-4, 0, 0, 0, 0.8], False),
+    ],
+)
+def test_warnings_of_the_update(name, values, bad):
+    found = told("ppo", {}, [{"step": step, name: value} for step, value in enumerate(values)])
+    assert [level for level, _ in found] == (["warn"] if bad else [])
+
+
+@pytest.mark.parametrize(("low", "level"), [(0.45, "bad"), (0.55, "good")])
+def test_a_reward_model_against_a_coin(low, level):
+    result = {"eval/accuracy": 0.6, "eval/accuracy_low": low, "eval/accuracy_high": 0.7}
+    assert [found for found, _ in told("rm", result)] == [level]
+
+
+def test_length_bias_and_calibration():
+    result = {"eval/accuracy": 0.9, "eval/accuracy_low": 0.8, "eval/accuracy_high": 0.95}
+    biased = {"eval/length_correlation": 0.7, "eval/calibration_error": 0.2, "eval/longer_wins": 0.85}
+    assert [level for level, _ in told("rm", result | biased)] == ["good", "warn", "warn", "warn"]
+    fair = {"eval/length_correlation": 0.1, "eval/calibration_error": 0.02, "eval/longer_wins": 0.5}
+    assert [level for level, _ in told("rm", result | fair)] == ["good"]
+
+
+@pytest.mark.parametrize(("losses", "levels"), [((3, 2), ["good"]), ((2, 3), ["bad", "warn"]), ((3, 1, 2), ["good", "warn"])])
+def test_held_out_loss(losses, levels):
+    assert [level for level, _ in told("sft", {}, [{"step": n, "eval/loss": loss} for n, loss in enumerate(losses)])] == levels
+
+
+def test_the_worst_of_them():
+    assert worst([]) == "good"
+    assert worst([Finding("warn", ""), Finding("bad", ""), Finding("good", "")]) == "bad"
+    assert ending("failed", "disk full") == Finding("bad", "The run failed: disk full")

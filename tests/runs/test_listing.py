@@ -1,0 +1,92 @@
+"""`rlhf runs list|show|rm` on runs of the stand-ins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf.commands.runs import run
+from rlhf.errors import DataError, Locked, UsageError
+from rlhf.runs.lock import run_lock
+
+
+@pytest.fixture(autouse=True)
+def runs(make_run: Callable[..., None]) -> None:
+    for stage in ("sft", "rm", "ppo"):
+        make_run(stage)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert run(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[tuple[str, str]]:
+    return [(one["run"], one["state"]) for one in json.loads(told(capsys, "list", ".", "--json", *arguments))]
+
+
+def test_runs_are_listed_oldest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(capsys) == [("sft", "done"), ("rm", "done"), ("ppo", "done")]
+    assert listed(capsys, "--stage", "rm") == [("rm", "done")]
+    assert listed(capsys, "--state", "failed") == []
+    line = next(line for line in told(capsys, "list", ".").splitlines() if line.split()[:2] == ["rm", "rm"])
+    assert line.split()[2] == "done"
+    assert "0.9" in line
+    assert "no such run" in told(capsys, "list", ".", "--state", "failed")
+
+
+def test_show_is_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, "show", "ppo").startswith("ppo  ppo, done in ")
+
+
+def test_what_others_were_made_from_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"made from it: .*ppo.*rm.*--force"):
+        run(["rm", "sft"])
+    assert Path("sft/run.json").is_file()
+    told(capsys, "rm", "ppo")  # nothing was made from it
+    assert not Path("ppo").exists()
+    told(capsys, "rm", "sft", "--force")
+    assert listed(capsys) == [("rm", "done")]
+
+
+def test_a_run_in_progress_stays() -> None:
+    with run_lock(Path("ppo")), pytest.raises(Locked):
+        run(["rm", "ppo", "--force"])
+    assert Path("ppo/run.json").is_file()
+
+
+def test_one_that_was_killed_goes_by_force(make_run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    status = json.loads(Path("ppo/status.json").read_text())
+    Path("ppo/status.json").write_text(json.dumps(status | {"state": "running"}))
+    with pytest.raises(DataError, match="says that it is running"):
+        run(["rm", "ppo"])
+    told(capsys, "rm", "ppo", "--force")
+    assert not Path("ppo").exists()
+
+
+@pytest.mark.parametrize("name", ["base", ".", "link", "other", "nothing", "sft.jsonl"])
+def test_what_is_no_run_stays(name: str) -> None:
+    Path("link").symlink_to("ppo")
+    Path("other").mkdir()
+    Path("other/run.json").write_text('{"some": "other tool"}')
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(DataError, match=r"not a run|not the manifest"):
+        run(["rm", name, "--force"])
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_run_that_holds_another_stays() -> None:
+    Path("ppo").rename("sft/ppo")
+    with pytest.raises(DataError, match="holds another run"):
+        run(["rm", "sft", "--force"])
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UsageError, match="expected list, show or rm"):
+        run(["remove", "sft"])
+    with pytest.raises(DataError, match="no such directory"):
+        run(["list", "nowhere"])
