@@ -22,6 +22,7 @@ from rlhf.fp8.recipes import recipe_of
 from rlhf.functional.masked import WHITENING_EPS, Moments
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.rollout.experience import Experience
+from rlhf.runs.explain import advice
 
 ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
 """Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply, by precision."""
@@ -67,7 +68,10 @@ class Checks:
     def require(self) -> None:
         """Raises CheckFailed, naming every check that does not hold."""
         if failed := self.failed():
-            lines = "\n".join(f"  {c.name}: measured {c.measured}; it should be that {c.meaning}" for c in failed)
+            lines = "\n".join(
+                "\n    ".join([f"  {c.name}: measured {c.measured}; it should be that {c.meaning}", *advice(c.name)])
+                for c in failed
+            )
             names = ", ".join(c.name for c in failed)
             raise CheckFailed(f"{len(failed)} of {len(self.results)} self-checks fail in the first iteration: {names}\n{lines}")
 
