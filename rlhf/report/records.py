@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import DataError
 from rlhf.paths import sync
 
 
@@ -26,11 +27,24 @@ class Records:
             self.append(step, values)
 
     def read(self) -> list[dict[str, Any]]:
-        """Every complete line; a line cut short by a kill is left out."""
+        """Every complete line; a line cut short by a kill is left out.
+
+        Raises:
+            DataError: a line is not one of ours.
+        """
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")  # a kill may leave half a character
-        return [json.loads(line) for line in lines[:-1]]
+        return [self._record(number, line) for number, line in enumerate(lines[:-1], start=1)]
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{self.path}:{number}: not valid JSON: {error}; remove the line") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise DataError(f"{self.path}:{number}: expected an object with a step, as a run writes it; remove the line")
+        return record
 
     def cut(self, step: int) -> None:
         """Leaves only what was known when `step` steps were done, so that a resumed run repeats no line."""

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from harness import flags
+from harness import before_each_step, flags
 from harness import run as run_stage
 
 from rlhf.commands.report import run
@@ -105,6 +105,47 @@ def test_a_run_that_failed_early(place):
     assert "No step was recorded" in page.text
     (ppo / "run.json").unlink()
     assert "The run failed" in page_of(ppo).text
+
+
+def test_a_stage_that_never_began_is_not_hidden(place):
+    """Of a pipeline whose last stage failed before its run.json."""
+    assert "ppo: done" in page_of(place).text
+    (place / "ppo" / "run.json").unlink()
+    status = json.loads((place / "ppo" / "status.json").read_text())
+    (place / "ppo" / "status.json").write_text(json.dumps(status | {"state": "failed", "reason": "no such model"}))
+    page = page_of(place)
+    assert "Something is wrong" in page.text
+    assert "The run failed: no such model" in page.text
+    assert page.addresses[-3:] == ["#sft-1", "#rm-2", "#ppo-3"]
+
+
+def test_a_real_failure(world, tmp_path):
+    """The third step dies; what was known until then is on the page."""
+
+    def die(train):
+        if train.step_done == 2:
+            raise DataError("prompts.jsonl:3: <no> text")
+
+    log = tmp_path / "log"
+    assert run_stage("ppo", flags("ppo", world, tmp_path / "run"), log, before_each_step(die)) == DataError.exit_code
+    text = page_of(tmp_path / "run").text
+    assert "The run failed: prompts.jsonl:3: <no> text" in text
+    assert "Curves" in text
+    assert "To run it again" in text
+
+
+def test_half_a_character(place):
+    with (place / "ppo" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "prompt": "p", "response": "\ud83d half", "scores": {}}) + "\n")
+    assert "\\ud83d half" in page_of(place / "ppo").text
+
+
+@pytest.mark.parametrize("line", ["loss 1.0", "[1]", "{}"])
+def test_a_garbled_line_is_named(place, line):
+    lines = (place / "ppo" / "metrics.jsonl").read_text().splitlines()
+    (place / "ppo" / "metrics.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: "):
+        run([str(place / "ppo")])
 
 
 @pytest.mark.parametrize(("stage", "said"), [("dpo", "Accuracy"), ("kto", "right on"), ("grpo", "Scores of the rollouts")])

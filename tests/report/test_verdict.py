@@ -71,7 +71,19 @@ def test_length_bias_and_calibration():
     biased = {"eval/length_correlation": 0.7, "eval/calibration_error": 0.2, "eval/longer_wins": 0.85}
     assert [level for level, _ in told("rm", result | biased)] == ["good", "warn", "warn", "warn"]
     fair = {"eval/length_correlation": 0.1, "eval/calibration_error": 0.02, "eval/longer_wins": 0.5}
-    assert [level for level, _ in told("rm", result | fair)] == ["good"]
+    assert [level for level, _ in told("rm", result | fair)] == ["good", "good", "good"]
+    by_length = {"eval/pairs": 40, "eval/accuracy_of_shorter": 0.25, "eval/accuracy_of_longer": 0.75}
+    (_, accuracy), (_, length), (_, calibration) = told("rm", result | fair | by_length)
+    assert accuracy == "It is right on 90.0% of 40 held-out pairs (95%: 80.0% to 95.0%)."
+    assert "(correlation +0.10); right on 25.0% where the shorter reply is the better one, on 75.0%" in length
+    assert "2.0% off" in calibration
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "kto"])
+@pytest.mark.parametrize(("losses", "level"), [((0.7, 0.4), "good"), ((0.4, 0.7), "bad")])
+def test_the_loss_of_preferences(stage, losses, level):
+    ((found, said),) = told(stage, {}, [{"step": step, "loss": loss} for step, loss in enumerate(losses)])
+    assert (found, said) == (level, f"The training loss went from {losses[0]} to {losses[1]}.")
 
 
 @pytest.mark.parametrize(("losses", "levels"), [((3, 2), ["good"]), ((2, 3), ["bad", "warn"]), ((3, 1, 2), ["good", "warn"])])
@@ -83,3 +95,11 @@ def test_the_worst_of_them():
     assert worst([]) == "good"
     assert worst([Finding("warn", ""), Finding("bad", ""), Finding("good", "")]) == "bad"
     assert ending("failed", "disk full") == Finding("bad", "The run failed: disk full")
+
+
+def test_one_hard_batch_at_the_end_is_no_failure():
+    """Means of the first and the last fifth: 1.0, and (0.1 + 1.1) / 2."""
+    losses = [1.0, 1.0, *[0.5] * 6, 0.1, 1.1]
+    assert told("sft", {}, [{"step": step, "loss": loss} for step, loss in enumerate(losses)]) == [
+        ("good", "The training loss went from 1 to 0.6.")
+    ]

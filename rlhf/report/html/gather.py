@@ -58,16 +58,22 @@ def find_runs(place: Path) -> list[Path]:
     """
     if (place / MANIFEST).is_file() or (place / STATUS).is_file():
         return [place]
-    runs = [file.parent for file in place.glob(f"*/{MANIFEST}") if read_manifest(file.parent)["stage"] in STAGES]
+    started = {file.parent: read_manifest(file.parent) for file in place.glob(f"*/{MANIFEST}")}
+    runs = {run: manifest["started"] for run, manifest in started.items() if manifest["stage"] in STAGES}
+    # a stage that failed before there was anything to record: without it the page of its pipeline would be all green
+    for file in place.glob(f"*/{STATUS}"):
+        if file.parent not in started and (status := read_status(file.parent)):
+            runs[file.parent] = status.get("time", "")
     if not runs:
         raise DataError(f"{place}: no run: there is no {MANIFEST} in it, nor in a directory in it")
-    return sorted(runs, key=lambda run: read_manifest(run)["started"])
+    return sorted(runs, key=lambda run: runs[run])
 
 
 def gather(run: Path) -> RunPage:
     manifest = read_manifest(run) if (run / MANIFEST).is_file() else {}
     status = read_status(run) or {}
-    stage, config, result = manifest.get("stage", "unknown"), manifest.get("config", {}), manifest.get("result", {})
+    stage = manifest.get("stage", run.resolve().name)  # of a pipeline, a directory is called as its stage
+    config, result = manifest.get("config", {}), manifest.get("result", {})
     finished = manifest.get("finished") is not None
     state = "done" if finished else status.get("state", "unknown")
     metrics = Records(run / "metrics.jsonl").read()

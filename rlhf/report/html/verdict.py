@@ -49,7 +49,7 @@ def findings(stage: str, config: dict[str, Any], result: dict[str, Any], metrics
     if stage in ("ppo", "grpo"):
         return [*_reward(result, metrics), *_kl(config, metrics), *_policy(metrics)]
     if stage in ("rm", "dpo", "kto"):
-        return _accuracy(result)
+        return [*_accuracy(result), *_loss(metrics)]
     return _loss(metrics)
 
 
@@ -122,25 +122,38 @@ def _accuracy(result: dict[str, Any]) -> list[Finding]:
     accuracy, low, high = (result.get(f"eval/{name}") for name in ("accuracy", "accuracy_low", "accuracy_high"))
     if accuracy is None or low is None or high is None:
         return []
-    told = f"right on {accuracy:.1%} of what was held out (95%: {low:.1%} to {high:.1%})"
+    of = next((f"{result[name]} held-out {what}" for what in ("pairs", "replies") if (name := f"eval/{what}") in result), "")
+    told = f"right on {accuracy:.1%} of {of or 'what was held out'} (95%: {low:.1%} to {high:.1%})"
     found = [Finding("good", f"It is {told}.") if low > 0.5 else Finding("bad", f"No better than a coin: {told}.")]
     longer, correlation, error = (result.get(f"eval/{n}") for n in ("longer_wins", "length_correlation", "calibration_error"))
     if longer is not None and longer >= low:
         found.append(Finding("warn", f"Taking the longer reply, right on {longer:.1%}, may be as good."))
-    if correlation is not None and abs(correlation) > LENGTH_CORRELATION:
-        found.append(Finding("warn", f"Scores go with length (correlation {correlation:+.2f})."))
-    if error is not None and error > CALIBRATION_ERROR:
-        found.append(Finding("warn", f"It is {error:.0%} off in how sure it is."))
+    if correlation is not None:
+        biased = abs(correlation) > LENGTH_CORRELATION
+        told = "Length bias: scores go with length" if biased else "Scores hardly go with length"
+        found.append(Finding("warn" if biased else "good", f"{told} (correlation {correlation:+.2f}){_by_length(result)}."))
+    if error is not None:
+        off = error > CALIBRATION_ERROR
+        found.append(Finding("warn" if off else "good", f"Calibration: it is {error:.1%} off in how sure it is, in the mean."))
     return found
+
+
+def _by_length(result: dict[str, Any]) -> str:
+    """How often it is right where the better reply is the shorter one, and where it is the longer."""
+    shorter, longer = (result.get(f"eval/accuracy_of_{which}") for which in ("shorter", "longer"))
+    if shorter is None or longer is None:
+        return ""
+    return f"; right on {shorter:.1%} where the shorter reply is the better one, on {longer:.1%} where the longer is"
 
 
 def _loss(metrics: list[dict[str, Any]]) -> list[Finding]:
     for name, where in (("eval/loss", "held-out loss"), ("loss", "training loss")):
         loss = series(metrics, name)
         if len(loss) > 1:
-            told = f"{where} went from {loss[0]:.4g} to {loss[-1]:.4g}"
-            lower = loss[-1] < loss[0]
-            found = [Finding("good" if lower else "bad", f"The {told}.")]
+            # a batch says little: one that is hard, at the end, is no failure
+            first, last = (loss[0], loss[-1]) if name == "eval/loss" else (_late(loss[::-1]), _late(loss))
+            told = f"{where} went from {first:.4g} to {last:.4g}"
+            found = [Finding("good" if last < first else "bad", f"The {told}.")]
             if name == "eval/loss" and loss[-1] > 1.05 * min(loss):
                 found.append(Finding("warn", f"It was {min(loss):.4g} before: the run overfits."))
             return found

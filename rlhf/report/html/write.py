@@ -22,7 +22,8 @@ def write_report(place: Path, output: Path | None = None) -> tuple[Path, list[Ru
     target = output or place / "report.html"
     partial = target.with_name(f".{target.name}-{os.getpid()}")
     try:
-        partial.write_text(without_secrets(render(place, pages)), encoding="utf-8")
+        # half of a surrogate pair, as a tokenizer may leave at the end of a reply, is shown as its escape
+        partial.write_text(without_secrets(render(place, pages)), encoding="utf-8", errors="backslashreplace")
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
