@@ -25,7 +25,10 @@ def test_help_is_one_screen_of_commands_that_exist(capsys: pytest.CaptureFixture
     assert max(map(len, lines)) <= 120
     words = set(re.findall(r"[\w-]+", text))
     assert {*cli.STAGES, *cli.COMMANDS} <= words
-    assert {"run", "convert", "generate", "serve-reward"} <= set(cli.COMMANDS)
+    columns = [part for line in lines[2:-4] for part in (line[2:21], line[60:])]
+    named = {word for part in columns if " " in part for word in re.findall(r"^[a-z0-9-]+(?:, [a-z]+)*", part)[:1]}
+    assert {"data", "report", "explain", "compare"} <= named  # both columns are seen, and each names what is there:
+    assert {word for words in named for word in words.split(", ")} - {"rlhf"} <= {*cli.STAGES, *cli.COMMANDS}
 
 
 @pytest.mark.parametrize("word", cli.COMMANDS)

@@ -270,3 +270,9 @@ def test_commands_of_the_data_page_run(user):
     assert {command.split()[1] for command in commands} == {"check", "preview", "split", "clean"}
     for command in commands:
         assert main(command.split()) == 0, command
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_pages_name_commands_that_exist(page):
+    words = set(re.findall(r"(?:^ {4}|`)rlhf ([a-z][a-z0-9-]*)", page.read_text(), re.M))
+    assert words <= {*cli.STAGES, *cli.COMMANDS}
