@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.tree import LOADER
 from rlhf.errors import UsageError
 
 FILE = Path(__file__).with_name("explanations.yaml")
@@ -18,7 +17,7 @@ FILE = Path(__file__).with_name("explanations.yaml")
 @cache
 def explanations() -> dict[str, dict[str, dict[str, Any]]]:
     """By kind (metrics, checks, exit codes) and name."""
-    return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
+    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 
 def explanation(name: str) -> dict[str, Any]:

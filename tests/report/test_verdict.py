@@ -82,8 +82,19 @@ def test_length_bias_and_calibration():
 @pytest.mark.parametrize("stage", ["rm", "dpo", "kto"])
 @pytest.mark.parametrize(("losses", "level"), [((0.7, 0.4), "good"), ((0.4, 0.7), "bad")])
 def test_the_loss_of_preferences(stage, losses, level):
-    ((found, said),) = told(stage, {}, [{"step": step, "loss": loss} for step, loss in enumerate(losses)])
-    assert (found, said) == (level, f"The training loss went from {losses[0]} to {losses[1]}.")
+    """From one level to the other in ten equal steps of 0.03: by chance alone it would move by 2 * 0.03 / sqrt(2)."""
+    first, last = losses
+    line = [first + (last - first) * part / 10 for part in range(11)]
+    ((found, said),) = told(stage, {}, [{"step": step, "loss": loss} for step, loss in enumerate(line)])
+    change = (last - first) / 20  # the means of two steps at each end
+    assert (found, said) == (level, f"The training loss went from {first + change:.4g} to {last - change:.4g}.")
+
+
+def test_a_change_within_the_noise_is_no_verdict():
+    """The means of one step at each end, 2.2 and 2.5; the neighbours differ by 0.3 in the mean square."""
+    ((level, said),) = told("sft", {}, [{"step": step, "loss": loss} for step, loss in enumerate((2.2, 2.5, 2.2, 2.5))])
+    assert level == "warn"
+    assert "from 2.2 to 2.5; chance alone moves it by 0.6" in said
 
 
 @pytest.mark.parametrize(("losses", "levels"), [((3, 2), ["good"]), ((2, 3), ["bad", "warn"]), ((3, 1, 2), ["good", "warn"])])
@@ -98,8 +109,8 @@ def test_the_worst_of_them():
 
 
 def test_one_hard_batch_at_the_end_is_no_failure():
-    """Means of the first and the last fifth: 1.0, and (0.1 + 1.1) / 2."""
-    losses = [1.0, 1.0, *[0.5] * 6, 0.1, 1.1]
+    """Means of the first and the last fifth: 2.0, and (0.1 + 1.1) / 2."""
+    losses = [2.0, 2.0, *[0.5] * 6, 0.1, 1.1]
     assert told("sft", {}, [{"step": step, "loss": loss} for step, loss in enumerate(losses)]) == [
-        ("good", "The training loss went from 1 to 0.6.")
+        ("good", "The training loss went from 2 to 0.6.")
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 Level = Literal["good", "warn", "bad"]
@@ -147,17 +148,26 @@ def _by_length(result: dict[str, Any]) -> str:
 
 
 def _loss(metrics: list[dict[str, Any]]) -> list[Finding]:
-    for name, where in (("eval/loss", "held-out loss"), ("loss", "training loss")):
-        loss = series(metrics, name)
-        if len(loss) > 1:
-            # a batch says little: one that is hard, at the end, is no failure
-            first, last = (loss[0], loss[-1]) if name == "eval/loss" else (_late(loss[::-1]), _late(loss))
-            told = f"{where} went from {first:.4g} to {last:.4g}"
-            found = [Finding("good" if last < first else "bad", f"The {told}.")]
-            if name == "eval/loss" and loss[-1] > 1.05 * min(loss):
-                found.append(Finding("warn", f"It was {min(loss):.4g} before: the run overfits."))
-            return found
-    return []
+    if len(held_out := series(metrics, "eval/loss")) > 1:
+        fell = held_out[-1] < held_out[0]
+        found = [Finding("good" if fell else "bad", f"The held-out loss went from {held_out[0]:.4g} to {held_out[-1]:.4g}.")]
+        if held_out[-1] > 1.05 * min(held_out):
+            found.append(Finding("warn", f"It was {min(held_out):.4g} before: the run overfits."))
+        return found
+    loss = series(metrics, "loss")
+    if len(loss) < 2:
+        return []
+    first, last, noise = _late(loss[::-1]), _late(loss), _noise(loss)
+    told = f"The training loss went from {first:.4g} to {last:.4g}"
+    if abs(last - first) <= noise:
+        return [Finding("warn", f"{told}; chance alone moves it by {noise:.2g}. Give data.eval, or train longer.")]
+    return [Finding("good" if last < first else "bad", f"{told}.")]
+
+
+def _noise(values: list[float]) -> float:
+    """Two standard errors of the difference between the means of the first and last fifth, by how much neighbours differ."""
+    squares = sum((later - earlier) ** 2 for earlier, later in pairwise(values)) / (len(values) - 1)
+    return 2 * math.sqrt(squares / max(1, len(values) // 5))
 
 
 def _late(values: list[float]) -> float:
