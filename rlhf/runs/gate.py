@@ -28,6 +28,12 @@ def _judged(source: str) -> str | None:
     low, high = found["eval/accuracy_low"], found["eval/accuracy_high"]
     if low > 0.5:
         return None
+    if high < 0.5:
+        raise CheckFailed(
+            f"reward.source {source}: prefers the worse replies: held-out accuracy {found['eval/accuracy']:.3f} "
+            f"(95%: {low:.3f} to {high:.3f}). `chosen` and `rejected` are exchanged in the pairs it was trained on, or in "
+            "those it was evaluated on; look with rlhf data preview. To go on all the same: --reward.gate false"
+        )
     raise CheckFailed(
         f"reward.source {source}: no better than a coin at telling good replies from bad ones: held-out accuracy "
         f"{found['eval/accuracy']:.3f} (95%: {low:.3f} to {high:.3f}). Train it on more or cleaner pairs, or evaluate it on "

@@ -103,14 +103,21 @@ def first_scores(checks: Checks, experience: Experience, config: PolicyStage) ->
 
 
 def remarks(experience: Experience, config: PolicyStage) -> list[str]:
-    """What is no failure of the first iteration, but may keep a run from learning."""
-    if experience.finished.any() or config.reward.missing_eos == "none":
-        return []
-    made = "replaced by" if config.reward.missing_eos == "replace" else "lowered by"
-    return [
-        f"warning: no reply ended within rollout.max_new_tokens {config.rollout.max_new_tokens}, so every score is {made} "
-        f"reward.missing_eos_value {config.reward.missing_eos_value:g}; allow longer replies, or set reward.missing_eos: none"
-    ]
+    """What is no failure of the first iteration, but may keep a run from learning, or let it learn the wrong thing."""
+    found = []
+    if isinstance(config, PpoConfig) and config.kl.coef == 0:
+        found.append(
+            "warning: kl.coef is 0: nothing holds the policy near its reference, and it may leave language for whatever the "
+            "reward likes; watch policy/entropy and samples.jsonl"
+        )
+    if not experience.finished.any() and config.reward.missing_eos != "none":
+        made = "replaced by" if config.reward.missing_eos == "replace" else "lowered by"
+        found.append(
+            f"warning: no reply ended within rollout.max_new_tokens {config.rollout.max_new_tokens}, so every score is {made} "
+            f"reward.missing_eos_value {config.reward.missing_eos_value:g}; allow longer replies, or set reward.missing_eos: "
+            "none"
+        )
+    return found
 
 
 def whitening(checks: Checks, experience: Experience, config: PpoConfig) -> None:
