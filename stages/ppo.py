@@ -154,14 +154,14 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
                         continue
                     if first:
                         invariants.first_minibatch(checks, train.reduce(stats_here))
-                        checks.require()
+                        checks.require(train.note)
                         first = False
                     train.stats.absorb(stats_here)
                     if config.ppo.target_kl and train.reduce(stats_here)["policy/approx_kl"] > config.ppo.target_kl:
                         break
 
             # 5
-            checks.require()  # where no minibatch had a reply with a score
+            checks.require(train.note)  # where no minibatch had a reply with a score
             if usable and roles.reference is not None:
                 kl.update(stats["kl/sequence"], len(experience))
             followers.follow(step)

@@ -170,8 +170,8 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "stages/test_engines.py::two_processes_leave_what_one_leaves",
     ),
     "35 what metrics mean": (
-        "runs/test_explain.py::every_metric_that_is_named_is_explained",
-        "runs/test_explain.py::every_self_check_is_explained",
+        "stages/test_explained.py::every_metric_is_explained",
+        "runs/test_explain.py::every_check_is_explained",
     ),
     "36 samples not visible": ("report/test_page.py::*",),
     "37 trackers lose metrics": (

@@ -1,43 +1,46 @@
-"""`rlhf explain`: a metric, a check or an exit code, in words."""
+"""`rlhf explain`: a metric, a self-check or an exit code in plain words."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from rlhf.config.arguments import Parser
 
 USAGE = """\
 rlhf explain [NAME] [--json]
 
-  NAME is a key of metrics.jsonl (kl/sequence), a self-check ("first ratio") or an exit code (78): what it is, what it looks
-  like when all is well, the likeliest causes when it does not, and what to do. Without NAME: all names."""
+  NAME   a metric of metrics.jsonl (kl/sequence, or sequence where only one ends so), a self-check ('first ratio') or an exit
+         code (71). Without it, every name there is.
+
+  What it is and in which unit, what is healthy, what it means where it is not, the three likeliest causes in order, and what
+  to do. A NAME with * in the list stands for all of that form: reward/* for the sources of a combined reward."""
 
 
 def run(argv: list[str]) -> int:
     parser = Parser(USAGE)
-    parser.add_argument("name", nargs="*")
+    parser.add_argument("name", nargs="?")
     parser.add_argument("--json", action="store_true", dest="as_json")
     given = parser.parse_args(argv)
 
-    from rlhf.runs.explain import explanation, explanations
+    from rlhf.runs.explain import ENTRIES, explained, why_and_what
 
-    if not given.name:
-        names = {kind: list(entries) for kind, entries in explanations().items()}
-        print(
-            json.dumps(names, indent=2)
-            if given.as_json
-            else "\n".join(f"{kind}: {', '.join(of)}" for kind, of in names.items())
-        )
+    if given.name is None:
+        if given.as_json:
+            print(json.dumps([asdict(entry) for entry in ENTRIES], indent=2))
+            return 0
+        kinds = {entry.kind: None for entry in ENTRIES}
+        for kind in kinds:
+            print(f"{kind}s")
+            for entry in ENTRIES:
+                if entry.kind == kind:
+                    print(f"  {entry.name:27} {entry.what}")
         return 0
-    entry = explanation(" ".join(given.name))
+    entry = explained(given.name)
     if given.as_json:
-        print(json.dumps(entry, indent=2))
+        print(json.dumps({"asked": given.name} | asdict(entry), indent=2))
         return 0
-    print(f"{entry['name']}: {entry['what']}")
-    if "healthy" in entry:
-        print(f"  healthy   {entry['healthy']}")
-    for number, cause in enumerate(entry.get("causes", ()), start=1):
-        print(f"  {'likely' if number == 1 else '':9} {number}. {cause}")
-    if "do" in entry:
-        print(f"  do        {entry['do']}")
+    about = entry.name if entry.name == given.name else f"{given.name} (as {entry.name})"
+    print("\n".join([f"{about}, a{'n' if entry.kind[0] == 'e' else ''} {entry.kind}", f"it is: {entry.what}"]))
+    print("\n".join([f"healthy: {entry.healthy}", *why_and_what(entry)]))
     return 0

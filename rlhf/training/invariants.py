@@ -22,7 +22,7 @@ from rlhf.fp8.recipes import recipe_of
 from rlhf.functional.masked import WHITENING_EPS, Moments
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.rollout.experience import Experience
-from rlhf.runs.explain import advice
+from rlhf.runs.explain import found, why_and_what
 
 ROLLOUT_TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.25}
 """Largest |difference| in nats between a decode with a KV cache and a forward over the whole reply, by precision."""
@@ -57,6 +57,8 @@ class Checks:
     """Results in order; `require` turns a failure into the end of the run."""
 
     results: list[Check] = field(default_factory=list)
+    told: int = 0
+    """How many of them were said."""
 
     def expect(self, name: str, passed: bool | Tensor, measured: Any, meaning: str) -> None:
         text = f"{float(measured):.3g}" if isinstance(measured, (int, float, Tensor)) else str(measured)
@@ -65,15 +67,27 @@ class Checks:
     def failed(self) -> list[Check]:
         return [check for check in self.results if not check.passed]
 
-    def require(self) -> None:
-        """Raises CheckFailed, naming every check that does not hold."""
+    def require(self, note: Callable[[str], None] | None = None) -> None:
+        """Says each new result in a line, if asked to.
+
+        Raises:
+            CheckFailed: naming every check that does not hold, and what `rlhf explain` knows of it.
+        """
+        for check in self.results[self.told :] if note else ():
+            assert note is not None
+            note(f"check {'ok' if check.passed else 'FAILED'}: {check.name}: {check.meaning} (measured {check.measured})")
+        self.told = len(self.results)
         if failed := self.failed():
-            lines = "\n".join(
-                "\n    ".join([f"  {c.name}: measured {c.measured}; it should be that {c.meaning}", *advice(c.name)])
-                for c in failed
-            )
+            lines = "\n".join(line for check in failed for line in _told_of(check))
             names = ", ".join(c.name for c in failed)
             raise CheckFailed(f"{len(failed)} of {len(self.results)} self-checks fail in the first iteration: {names}\n{lines}")
+
+
+def _told_of(check: Check) -> list[str]:
+    known = found(check.name)
+    assert known is not None, check.name  # tests/runs/test_explain.py holds the tables to the names
+    first = f"  {check.name}: measured {check.measured}; it should be that {check.meaning}"
+    return [first, *(f"    {line}" for line in why_and_what(known))]
 
 
 def first_scores(checks: Checks, experience: Experience, config: PolicyStage) -> None:

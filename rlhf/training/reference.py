@@ -113,4 +113,4 @@ def require_equal_start(train: Training, batch: Sequence[int]) -> None:
         return  # the loss is not either, and what becomes of that is settled in one place
     within, words = (COMPILED_TOLERANCE, f"within {COMPILED_TOLERANCE}") if train.config.compile else (0.0, "exactly 0")
     checks.expect("drift at step 0", drift <= within, drift, f"the policy starts as the reference: |log ratio| is {words}")
-    checks.require()
+    checks.require(train.note)

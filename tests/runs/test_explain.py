@@ -1,65 +1,111 @@
-"""Whatever a run can write, check or end with has an explanation: read from runs and from the source, not from the table."""
+"""`rlhf explain`: its tables are held to the names that the code checks by, the codes it ends with and what it says."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from rlhf import errors
-from rlhf.cli import main
-from rlhf.runs.explain import advice, explanation, explanations
+from rlhf.commands.explain import run
+from rlhf.errors import CheckFailed, UsageError
+from rlhf.runs.explain import ALIASES, BY_NAME, ENTRIES, explained, found
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = "".join(file.read_text() for folder in ("rlhf/training", "rlhf/rollout") for file in (ROOT / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize(
-    "code", sorted({kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")} | {0, 70, 130, 143})
-)
-def test_every_exit_code_is_explained(code):
-    assert explanation(str(code))["kind"] == "exit codes"
+PACKAGE = Path(errors.__file__).parent
 
 
-@pytest.mark.parametrize("check", sorted(set(re.findall(r'checks\.expect\(\s*"([^"]+)"', SOURCES))))
-def test_every_self_check_is_explained(check):
-    assert explanation(check)["kind"] == "checks"
+def names_of_checks() -> set[str]:
+    """The first argument of every `checks.expect(...)`; what an f-string puts in is `reference`, a frozen role."""
+    names: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "expect":
+                match node.args[0]:
+                    case ast.Constant(value=str(name)):
+                        names.add(name)
+                    case ast.JoinedStr(values=parts):
+                        names.add("".join(part.value if isinstance(part, ast.Constant) else "reference" for part in parts))
+    return names
 
 
-@pytest.mark.parametrize(
-    "metric", sorted(set(re.findall(r'"((?:reward|policy|kl|value|rollout|advantage|optimizer)/[a-z_]+)"', SOURCES)))
-)
-def test_every_metric_that_is_named_is_explained(metric):
-    assert explanation(metric)["kind"] == "metrics"
+def test_every_check_is_explained():
+    names = names_of_checks()
+    assert {"first ratio", "KL at step 0", "frozen reference", "drift at step 0", "pads"} <= names
+    assert {name for name in names if (entry := found(name)) is None or entry.kind != "check"} == set()
+    told = {found(name) for name in names}
+    assert {entry.name for entry in ENTRIES if entry.kind == "check" and entry not in told} == set()  # nor one that is not made
 
 
-def test_entries_are_whole():
-    for entries in explanations().values():
-        for name, entry in entries.items():
-            assert entry.keys() <= {"what", "healthy", "causes", "do"}, name
-            assert entry["what"].endswith("."), name
-            assert len(entry.get("causes", ())) <= 3, name
-            assert "do" in entry or "causes" not in entry, name
+def test_every_exit_code_is_explained():
+    codes = {value.exit_code for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "exit_code")}
+    assert {1, 2, 65, 71, 78} <= codes
+    kinds = {entry.name for entry in ENTRIES if entry.kind == "exit code"}
+    assert {str(code) for code in codes | {0, 70, 128 + 2, 128 + 15}} <= kinds
 
 
-def test_what_a_user_sees(capsys):
-    assert main(["explain", "kl/sequence"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("kl/sequence: KL of the policy from the reference")
-    assert "1. the learning rate is too high" in shown
-    assert main(["explain", "first", "ratio", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "checks"
-    assert main(["explain"]) == 0
-    assert "kl/sequence" in capsys.readouterr().out
+def test_rows_are_whole():
+    assert len(BY_NAME) == len(ENTRIES)
+    assert set(ALIASES.values()) <= set(BY_NAME)
+    for entry in ENTRIES:
+        texts = [entry.what, entry.healthy, entry.otherwise, entry.do, *entry.causes]
+        assert all(texts), entry.name
+        assert len(set(entry.causes)) == 3, entry.name
 
 
-def test_a_near_miss_is_told(capsys):
-    assert main(["explain", "kl/sequenze"]) == 2
-    assert "did you mean kl/sequence" in capsys.readouterr().err
+def test_names_that_are_not_written_in_full():
+    assert explained("KL/Sequence").name == "kl/sequence"
+    assert explained("sequence").name == "kl/sequence"
+    assert explained("eval/kl").name == "kl/sequence"
+    assert explained("eval/reward/chosen").name == "reward/chosen"
+    assert explained("reward/helpful").name == "reward/*"
+    assert explained("reward/helpful_std").name == "reward/*_std"
+    assert explained("time/update_s").name == "time/*"
+    with pytest.raises(UsageError, match="did you mean policy/entropy"):
+        explained("policy/entropi")
+    with pytest.raises(UsageError, match="lists all names"):
+        explained("zzzzzz")
+    assert found("policy/nothing") is None
 
 
-def test_a_failed_check_brings_its_causes():
-    assert advice("first ratio")[0].startswith("likely: dropout is on; or ")
-    assert advice("something new") == []
+def test_what_it_says(capsys):
+    assert run(["first ratio"]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("first ratio, a check", "exactly 0", "1. ", "2. ", "3. ", "what to do: "))
+    assert run(["71", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "exit code"
+    assert run([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {entry.name} " in listed for entry in ENTRIES)
+    assert run(["--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(ENTRIES)
+
+
+def test_a_failed_check_says_what_to_do():
+    from rlhf.training.invariants import Checks
+
+    checks, notes = Checks(), []
+    checks.expect("first clip fraction", True, 0.0, "nothing is clipped in the first minibatch")
+    checks.require(notes.append)
+    checks.expect("first ratio", False, 0.25, "max |log ratio| of the first minibatch is exactly 0")
+    with pytest.raises(CheckFailed) as raised:
+        checks.require(notes.append)
+    assert [note.split(":")[0] for note in notes] == ["check ok", "check FAILED"]  # each is said once
+    entry, message = BY_NAME["first ratio"], str(raised.value)
+    assert "measured 0.25" in message
+    assert all(text in message for text in (entry.otherwise, *entry.causes, entry.do))
+    assert BY_NAME["first clip fraction"].do not in message.replace(entry.do, "")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "explain.md"
+
+
+@pytest.mark.parametrize("command", re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)[0].splitlines())
+def test_the_commands_of_the_page_run(command, capsys):
+    program, word, *words = shlex.split(command)
+    assert (program, word) == ("rlhf", "explain")
+    assert run(words) == 0
+    assert capsys.readouterr().out
