@@ -276,3 +276,14 @@ def test_commands_of_the_data_page_run(user):
 def test_pages_name_commands_that_exist(page):
     words = set(re.findall(r"(?:^ {4}|`)rlhf ([a-z][a-z0-9-]*)", page.read_text(), re.M))
     assert words <= {*cli.STAGES, *cli.COMMANDS}
+
+
+def outline(page: str) -> tuple[list[int], list[str], list[str]]:
+    """(depth of each heading, code blocks that a machine reads, commands that are shown)."""
+    headings = [len(marks) for marks in re.findall(r"^(#+) ", re.sub(r"```.*?```", "", page, flags=re.S), re.M)]
+    return headings, re.findall(r"```(?:sh|python)\n.*?```", page, re.S), re.findall(r"^ {4}((?:rlhf|pip) .*)", page, re.M)
+
+
+def test_the_chinese_readme_keeps_step():
+    """The same sections in the same order, the same code, the same commands: these run in the tests above."""
+    assert outline((ROOT / "README.zh-CN.md").read_text()) == outline(README)
