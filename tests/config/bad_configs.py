@@ -58,7 +58,7 @@ BAD_VALUES = [
     ("kl: 0.1\n", "5:5: kl", "given `0.1`, expected the fields of a section"),
     ("kl: [coef]\n", "5:5: kl", "given a list"),
     ("eval: {scorers: file.py:score}\n", "5:17: eval.scorers", "expected a list of text; write `[file.py:score]`"),
-    ("report: {trackers: [tensorboard, wandb]}\n", "5:34: report.trackers[1]", "expected `tensorboard`"),
+    ("report: {trackers: [tensorboard, comet]}\n", "5:34: report.trackers[1]", "expected `tensorboard`"),
     ("report:\n  trackers:\n    - Tensorboard\n", "7:7: report.trackers[0]", "did you mean `tensorboard`?"),
     # what YAML offers and a config does not
     ("lora: &a {rank: 4}\n", "5:7: lora", "anchor `&a`"),
@@ -101,7 +101,7 @@ BAD_FLAGS = [
     (("output", "null"), "--output: given `null`, expected text"),
     (("output", ""), "--output: given nothing, expected text"),
     (("actor", ""), "--actor: roles.actor: given nothing, expected text"),
-    (("report.trackers", "tensorboard,wandb"), "--report.trackers: report.trackers[1]: given `wandb`"),
+    (("report.trackers", "tensorboard,comet"), "--report.trackers: report.trackers[1]: given `comet`"),
     (("data.columns.prompt", "null"), "--data.columns.prompt: given `null`, expected text"),
     (("data.columns", "a"), "--data.columns: names a section; give one of its fields: --data.columns.NAME"),
     (("ppo", "1"), "--ppo: names a section; give one of its fields: --ppo.epochs, --ppo.minibatch_size"),
