@@ -172,7 +172,8 @@ def _split(given: argparse.Namespace) -> int:
     from rlhf.data.mend import split_file
 
     counts = split_file(given.file, given.kind, given.columns, given.json_key, given.outputs, given.part)
-    result = {str(output): count for output, count in zip(given.outputs, counts, strict=True)}
+    result = {str(output): count for output, count in zip(given.outputs, counts[:2], strict=True)}
+    result |= {"neither, as chosen equals rejected": counts[2]} if counts[2] else {}
     print(json.dumps(result) if given.as_json else "\n".join(f"{file}: {count} rows" for file, count in result.items()))
     return 0
 

@@ -19,15 +19,18 @@ from rlhf.errors import DataError, StorageError
 def split_file(
     path: Path, kind: Kind, columns: dict[str, str], json_key: str | None, outputs: Sequence[Path], part: float
 ) -> list[int]:
-    """Writes rows as they are into (train, eval); about `part` of the prompts go to eval. How many rows each has.
+    """Writes rows as they are into (train, eval); about `part` of the prompts go to eval. How many rows each has, and how many
+    are in neither, since chosen equals rejected.
 
     Raises DataError, and writes nothing, where a row is malformed or a side would be empty.
     """
     sides: list[list[Any]] = [[], []]
+    equal = 0
     for record, row in _read(path, kind, columns, json_key):
         if isinstance(record, Problem):
             raise DataError(f"{record}\nrlhf data check shows all of its mistakes, rlhf data clean leaves such rows out")
         if row is None:
+            equal += 1
             continue
         sides[int.from_bytes(row.asks[:8]) < part * 2**64].append(record.value)
     for side, output in zip(sides, outputs, strict=True):
@@ -35,7 +38,7 @@ def split_file(
             raise DataError(f"{path}: no row would go into {output}; it has too few prompts for such a part")
     for side, output in zip(sides, outputs, strict=True):
         _write(output, side)
-    return [len(side) for side in sides]
+    return [*map(len, sides), equal]
 
 
 def clean_file(

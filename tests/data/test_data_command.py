@@ -185,6 +185,15 @@ def test_a_split_holds_its_promises(tmp_path):
     assert train <= sides["grown"][0]
 
 
+def test_a_pair_without_a_difference_is_in_neither_side_and_counted(tmp_path, capsys):
+    rows = [*(pair(f"q{row}", "good", "bad") for row in range(20)), pair("q", "same", "same")]
+    sides = [tmp_path / "train.jsonl", tmp_path / "eval.jsonl"]
+    words = ["data", "split", str(write(tmp_path / "in.jsonl", *rows)), *map(str, sides), "--part", "0.5", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["neither, as chosen equals rejected"] == 1
+    assert sum(len(side.read_text().splitlines()) for side in sides) == 20
+
+
 @pytest.fixture
 def model(tmp_path):
     from rlhf.training.tiny import write_tiny_model
