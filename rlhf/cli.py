@@ -28,13 +28,14 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   dpo, kto           from preferences alone                 rlhf dpo --config dpo --model runs/sft --data pairs.jsonl
   ppo                PPO against a reward                   rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   grpo               the same without a critic              rlhf grpo --config grpo --actor SFT --reward RM --data FILE
-  ppo --unit-test    is PPO itself right? in a minute       fp8      what FP8 does to your model
+  ppo --unit-test    is PPO itself right? in a minute       doctor   what this machine can run, and why not
   data ACTION FILE   check, clean, split, preview           explain  a metric, a check or an exit code, in words
   report RUN         a run as one HTML page                 show     what a run was made from
   runs list|show|rm  the runs there are                     compare  two runs or two models: where they part
   generate MODEL     replies to the prompts of a file       eval     how good a model is on held-out rows
   convert SRC DST    a checkpoint into another format       vocab    new pieces for tokenizer and model
-  serve-reward RM    a reward model as a service            path, copy, schema   a recipe; its config for editors
+  serve-reward RM    a reward model as a service            fp8      what FP8 does to your model
+  path, copy STAGE   where a recipe is; a copy to edit      schema   the JSON Schema of a config, for editors
 
 A model is a Hugging Face id (owner/name@revision), a model directory, a Megatron checkpoint, a .gguf file or a run.
 `rlhf sft --help` lists every field of the config; each is a flag: --optimizer.lr 1e-5.
