@@ -31,7 +31,21 @@ rlhf data clean FILE OUTPUT [--keep-html] [--stage STAGE] [--columns.prompt NAME
   --columns.FIELD NAME      our name of a column and the file's; --json-key NAME: plain text"""
 
 KINDS: dict[str, Kind] = {"sft": "sft", "rm": "ranking", "dpo": "pair", "kto": "rated", "ppo": "prompt", "grpo": "prompt"}
-STAGES_OF: dict[Kind, str] = {"text": "sft", "sft": "sft", "ranking": "rm or dpo", "rated": "kto", "prompt": "ppo or grpo"}
+STAGES_OF: dict[Kind, str] = {
+    "text": "sft",
+    "sft": "sft",
+    "ranking": "rm or dpo",
+    "pair": "dpo",
+    "rated": "kto",
+    "prompt": "ppo or grpo",
+}
+    "text": "sft",
+    "sft": "sft",
+    "ranking": "rm or dpo",
+    "pair": "dpo",
+    "rated": "kto",
+    "prompt": "ppo or grpo",
+}
 FIELDS = (
     "prompt",
     "completion",
@@ -79,6 +93,10 @@ def _require_fit(given: argparse.Namespace) -> None:
         raise UsageError("data preview: give --model, whose tokenizer and template the rows are read with")
     if not 0 < given.part < 1:
         raise UsageError(f"--part {given.part:g}: expected a number above 0 and below 1")
+    if len(set(given.outputs)) < len(given.outputs):
+        raise UsageError(f"data {given.action}: {given.outputs[0]} is given twice; each side wants a file of its own")
+    if given.action == "clean" and (report := Path(f"{given.outputs[0]}.report.json")).exists():
+        raise OutputError(f"{report}: is there already; name another OUTPUT, or remove it")
     for output in given.outputs:
         if output.suffix != ".jsonl":
             raise UsageError(f"{output}: is written as .jsonl; name it so")

@@ -6,6 +6,8 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +123,22 @@ def _differences(before: Any, after: Any, keep_html: bool) -> list[str]:
     return found or ["control characters taken out"]
 
 
+def _plain(value: Any) -> Any:
+    """What a parquet column may hold and JSON has no form for."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    raise DataError(f"a column holds {type(value).__name__}, which JSON has no form for: leave the column out")
+
+
 def _write(file: Path, lines: Sequence[Any], indent: int | None = None) -> None:
     """The file appears complete or not at all."""
     partial = file.with_name(f".{file.name}-{os.getpid()}")
     try:
         partial.write_text(
-            "".join(json.dumps(line, ensure_ascii=False, indent=indent) + "\n" for line in lines), encoding="utf-8"
+            "".join(json.dumps(line, ensure_ascii=False, indent=indent, default=_plain) + "\n" for line in lines),
+            encoding="utf-8",
         )
         partial.replace(file)
     except OSError as error:

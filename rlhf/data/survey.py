@@ -26,9 +26,12 @@ PARTS = {"shortest": 0, "median": 50, "90%": 90, "99%": 99, "longest": 100}
 TAGS = "a|b|br|code|div|em|font|h[1-6]|i|img|li|ol|p|pre|script|span|strong|style|table|td|th|tr|u|ul"
 HTML = re.compile(rf"</?(?:{TAGS})(?:\s[^<>]*)?/?>|&(?:amp|lt|gt|quot|apos|nbsp|#\d+|#x[0-9a-f]+);", re.IGNORECASE)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
-CONTINUED = "[" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")) + "]"
-MOJIBAKE = re.compile(f"[Â-ß]{CONTINUED}|[à-ï]{CONTINUED}{{2}}|[ð-ô]{CONTINUED}{{3}}")
-"""UTF-8 that was read as Windows-1252: what became of a lead byte and of the bytes that continue it."""
+UNDEFINED = "\x81\x8d\x8f\x90\x9d"
+"""The bytes that Windows-1252 has no letter for; readers leave them as they are."""
+CONTINUED = "[" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")) + UNDEFINED + "]"
+MOJIBAKE = re.compile(f"[ÂÃ]{CONTINUED}|â€{CONTINUED}|ðŸ{CONTINUED}{{2}}")
+"""UTF-8 that was read as Windows-1252, as far as it cannot well be anything else: accented letters, quotes, dashes, emoji. Other
+lead bytes are letters that do stand before a quote or a dot (Spaß“, CAFÉ…)."""
 
 ORDER: tuple[Kind, ...] = ("ranking", "rated", "sft", "prompt")
 """Kinds a file is tried as, the one that asks for most first."""
@@ -88,7 +91,7 @@ def unmangled(text: str) -> str:
 
     def letter(match: re.Match[str]) -> str:
         try:
-            return match[0].encode("cp1252").decode()
+            return b"".join(one.encode("latin-1" if one in UNDEFINED else "cp1252") for one in match[0]).decode()
         except UnicodeError:  # an overlong form, a surrogate
             return match[0]
 
@@ -96,10 +99,14 @@ def unmangled(text: str) -> str:
 
 
 def without_html(text: str) -> str:
-    """Tags taken out (a line break for `<br>` and `</p>`), entities read."""
-    return html.unescape(
-        HTML.sub(lambda tag: "\n" if re.match(r"<br|</p", tag[0], re.I) else ("" if tag[0][0] == "<" else tag[0]), text)
-    )
+    """Tags taken out (a line break for `<br>` and `</p>`), entities read; what resembles them (`&copy=2`) stays."""
+
+    def once(found: re.Match[str]) -> str:
+        if found[0].startswith("&"):
+            return html.unescape(found[0])
+        return "\n" if re.match(r"<br|</p", found[0], re.IGNORECASE) else ""
+
+    return HTML.sub(once, text)
 
 
 FLAWS: dict[str, tuple[Callable[[str], bool], str]] = {

@@ -133,14 +133,50 @@ def test_percentiles_by_hand():
     assert percentiles([7]) == [7] * 5
 
 
-@pytest.mark.parametrize("text", ["café", "it’s", "naïve – Ünïcödé", "日本", "😀 ok"])
-def test_mojibake_is_undone_and_good_text_left(text):
-    try:
-        broken = text.encode().decode("cp1252")
-    except UnicodeDecodeError:
-        broken = text  # this text has bytes that Windows-1252 has no letters for
+@pytest.mark.parametrize("text", ["café", "it’s", "“so”", "naïve – Ünïcödé", "😀 ok"])
+def test_mojibake_is_undone(text):
+    """As browsers read Windows-1252: its five missing letters are the bytes themselves."""
+    missing = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+    broken = "".join(chr(byte) if byte in missing else bytes([byte]).decode("cp1252") for byte in text.encode())
+    assert broken != text
     assert unmangled(broken) == text
+
+
+@pytest.mark.parametrize("text", ["café", "„Spaß“", "CAFÉ…", "cliché…”", "São Tomé", "ações", "日本", "über–", "à « la »"])
+def test_good_letters_are_left(text):
     assert unmangled(text) == text
+
+
+@pytest.mark.parametrize("text", ["a?id=1&section=2", "a?x=1&copy=2", "AT&T", "1 < 2"])
+def test_what_resembles_an_entity_is_left(text):
+    assert without_html(text) == text
+
+
+def test_two_sides_in_one_file_and_a_report_that_is_there_are_refused(tmp_path, capsys):
+    file = write(tmp_path / "in.jsonl", *CLEAN)
+    assert main(["data", "split", str(file), str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    (tmp_path / "out.jsonl.report.json").write_text("mine")
+    assert main(["data", "clean", str(file), str(tmp_path / "out.jsonl")]) == 73
+    assert (tmp_path / "out.jsonl.report.json").read_text() == "mine"
+
+
+def test_a_date_of_parquet_is_written(tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    day = datetime.datetime(2024, 5, 6, 7)
+    rows = [{"prompt": f"q{row}", "completion": "a", "at": day} for row in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    assert main(["data", "clean", str(tmp_path / "in.parquet"), str(tmp_path / "out.jsonl")]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["at"] == "2024-05-06T07:00:00"
+
+
+def test_each_stage_may_be_said(tmp_path, capsys):
+    assert main(["data", "check", str(write(tmp_path / "in.jsonl", *CLEAN)), "--stage", "dpo"]) == 0
+    assert "6 rows for dpo" in capsys.readouterr().out
 
 
 def test_html_is_taken_out_and_comparisons_left():
