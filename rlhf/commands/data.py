@@ -39,13 +39,6 @@ STAGES_OF: dict[Kind, str] = {
     "rated": "kto",
     "prompt": "ppo or grpo",
 }
-    "text": "sft",
-    "sft": "sft",
-    "ranking": "rm or dpo",
-    "pair": "dpo",
-    "rated": "kto",
-    "prompt": "ppo or grpo",
-}
 FIELDS = (
     "prompt",
     "completion",

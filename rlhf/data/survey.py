@@ -30,7 +30,7 @@ UNDEFINED = "\x81\x8d\x8f\x90\x9d"
 """The bytes that Windows-1252 has no letter for; readers leave them as they are."""
 CONTINUED = "[" + re.escape(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore")) + UNDEFINED + "]"
 MOJIBAKE = re.compile(f"[ÂÃ]{CONTINUED}|â€{CONTINUED}|ðŸ{CONTINUED}{{2}}")
-"""UTF-8 that was read as Windows-1252, as far as it cannot well be anything else: accented letters, quotes, dashes, emoji. Other
+"""UTF-8 that was read as Windows-1252, as far as it cannot well be anything else: accents, quotes, dashes, emoji. Other
 lead bytes are letters that do stand before a quote or a dot (Spaß“, CAFÉ…)."""
 
 ORDER: tuple[Kind, ...] = ("ranking", "rated", "sft", "prompt")
