@@ -1,9 +1,10 @@
 """Run inside an environment with megatron-core 0.16.1: loads our files strictly into the real GPTModel on CPU.
 
-    python -O real_megatron.py CHECKPOINT LAYOUT LAYERS TP RANK PORT OUT
+    python -O real_megatron.py CHECKPOINT LAYOUT LAYERS TP RANK RENDEZVOUS OUT
 
 With LAYERS `local` it writes the logits to OUT. With `transformer-engine` the layers are Transformer Engine's, whose wheel must
-be on the path and whose kernels are not there: nothing is computed. One process is one tensor-parallel rank.
+be on the path and whose kernels are not there: nothing is computed. One process is one tensor-parallel rank;
+they meet at the file RENDEZVOUS (a port that was free a moment ago may be somebody else's when the second one asks for it).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch._dynamo
 from without_gpu import OnCpu, without_cuda, without_kernels
 
-CHECKPOINT, LAYOUT, LAYERS, TP, RANK, PORT, OUT = sys.argv[1:8]
+CHECKPOINT, LAYOUT, LAYERS, TP, RANK, RENDEZVOUS, OUT = sys.argv[1:8]
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     )
     from megatron.core.transformer import TransformerConfig
 
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=int(RANK), world_size=int(TP))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{RENDEZVOUS}", rank=int(RANK), world_size=int(TP))
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=int(TP))
     tensor_parallel.random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
     tensor_parallel.random.get_cuda_rng_tracker().add = lambda *_: None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,25 +22,27 @@ from rlhf.checkpoints.writing import write
 DRIVER = Path(__file__).with_name("real_megatron.py")
 MODELS = ("llama-gqa", "llama-bias-tied", "qwen2-tied", "qwen3", "mixtral", "qwen3_moe", "gpt2-exact")
 ENGINE = "transformer-engine"
+DEADLINE = 240
 
 
 def loaded(home: Path, layout: str, layers: str, ranks: int, *packages: Path) -> str:
     """What went wrong in the processes that load the files, one a rank; empty if nothing did."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, packages)), "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_PROJECT_BUILDING": "1"}
     arguments = [sys.executable, "-O", str(DRIVER), str(home / "megatron"), layout, layers, str(ranks)]
-    started = [
-        subprocess.Popen(
-            [*arguments, str(rank), port, str(home / "logits.pt")], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate()[1] for process in started]
-    return said[0][-3000:] or "failed" if any(process.returncode for process in started) else ""
+    said = [home / f"rank_{rank}.log" for rank in range(ranks)]
+    started = []
+    for rank, log in enumerate(said):
+        with log.open("w") as file:
+            command = [*arguments, str(rank), str(home / "rendezvous"), str(home / "logits.pt")]
+            started.append(subprocess.Popen(command, env=environment, stderr=file))
+    try:
+        failed = any([process.wait(DEADLINE) for process in started])
+    finally:
+        for process in started:
+            process.kill()
+    return next((text[-3000:] for text in map(Path.read_text, said) if text), "failed") if failed else ""
 
 
 @pytest.mark.slow
