@@ -23,7 +23,8 @@ rlhf data clean FILE OUTPUT [--keep-html] [--stage STAGE] [--columns.prompt NAME
   check     the shape of its rows, every mistake with its place (exit 65), and what is odd: duplicates, contradictions, lengths,
             HTML, broken encodings, longer replies preferred; with a model, what is cut and which pairs are equal then;
             --against: prompts that stand in another file as well (train and eval, say)
-  preview   rows as a model gets them: each token, what is trained on in colour, where replies end, two BOS as an error
+  preview   rows as a model gets them: each token, what is trained on in colour (between ⟦ ⟧ where there is none), where
+            replies end, two BOS as an error
   split     TRAIN and EVAL (.jsonl): a row's place follows from a hash of its prompt, so equal prompts stay on one side, and
             a file that grows keeps its split
   clean     OUTPUT (.jsonl) and OUTPUT.report.json: without bad rows, duplicates and equal pairs; broken encodings mended
@@ -84,6 +85,8 @@ def _require_fit(given: argparse.Namespace) -> None:
         raise UsageError(f"data {given.action}: expected {expected} files after FILE, found {len(given.outputs)}\n{USAGE}")
     if given.action == "preview" and not given.model:
         raise UsageError("data preview: give --model, whose tokenizer and template the rows are read with")
+    if given.json_key and given.stage not in (None, "sft"):
+        raise UsageError(f"--json-key {given.json_key} names a column of plain text, which --stage {given.stage} does not read")
     if not 0 < given.part < 1:
         raise UsageError(f"--part {given.part:g}: expected a number above 0 and below 1")
     if len(set(given.outputs)) < len(given.outputs):
@@ -100,6 +103,7 @@ def _require_fit(given: argparse.Namespace) -> None:
 
 
 def _kind(given: argparse.Namespace) -> Kind:
+    from rlhf.data.rows import MAX_LINE_BYTES, first_columns
     from rlhf.data.survey import guess_kind
 
     if given.json_key:
@@ -108,10 +112,16 @@ def _kind(given: argparse.Namespace) -> Kind:
         return KINDS[given.stage]
     if kind := guess_kind(given.file, given.columns):
         return kind
-    raise DataError(f"{given.file}: its first row is of no kind that is known; say --stage, and it is told what is missing")
+    there = ", ".join(first_columns(str(given.file), MAX_LINE_BYTES)) or "no columns"
+    raise DataError(
+        f"{given.file}: its rows are of no kind that is known: they have {there}; name the columns (--columns.prompt NAME, "
+        "--columns.completion NAME, ...), or say --stage, and it is told what each row lacks"
+    )
 
 
 def _check(given: argparse.Namespace) -> int:
+    from rlhf.data.formats import Problem
+    from rlhf.data.rows import problems_alike
     from rlhf.data.survey import check
 
     found = check(given.file, given.kind, given.columns, given.json_key, given.against)
@@ -120,19 +130,20 @@ def _check(given: argparse.Namespace) -> int:
     if given.as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_described(found)))
+        errors = [line for line, _ in problems_alike([Problem(**error) for error in found["errors"]])]
+        print("\n".join(_described(found, errors)))
     return DataError.exit_code if found["errors"] else 0
 
 
-def _described(found: dict[str, Any]) -> list[str]:
+def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
     yields = [f"{found['file']}: {found['rows']} rows for {STAGES_OF[found['kind']]}, each with {', '.join(found['fields'])}"]
     yields += [f"  read      {note}" for note in found["notes"]]
-    yields += [f"  error     {problem}" for problem in found["errors"]]
+    yields += [f"  error     {error}".replace("\n", "\n            ") for error in errors]
     yields += [f"  odd       {finding['text']}" for finding in found["findings"]]
     for name, sizes in found["characters"].items():
         yields.append(f"  length    {name}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()) + " characters")
     yields += [f"  tokens    {note}" for note in found.get("tokens", [])]
-    if not found["errors"] and not found["findings"]:
+    if not errors and not found["findings"]:
         yields.append("  ok        no error, nothing odd")
     return yields
 
@@ -173,7 +184,8 @@ def _preview(given: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     twice = False
     template = _template(given.model)
-    for row in preview(given.file, given.kind, given.columns, given.json_key, template, given.rows, given.max_length):
+    source = given.file, given.kind, given.columns, given.json_key
+    for row in preview(*source, template, given.rows, given.max_length, marked=console.color_system is None):
         console.print(row.text)
         twice = twice or row.two_bos
     return DataError.exit_code if twice else 0

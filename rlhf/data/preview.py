@@ -15,6 +15,7 @@ from rlhf.data.shapes import Kind
 from rlhf.data.templates import Template
 
 TRAINED, READ, END, WRONG = "green", "dim", "bold black on green", "bold white on red"
+SIGNS = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,22 @@ class Preview:
 
 
 def preview(
-    path: Path, kind: Kind, columns: dict[str, str], json_key: str | None, template: Template, count: int, max_length: int
+    path: Path,
+    kind: Kind,
+    columns: dict[str, str],
+    json_key: str | None,
+    template: Template,
+    count: int,
+    max_length: int,
+    marked: bool = False,
 ) -> Iterator[Preview]:
-    """The first `count` rows. Raises DataError as the stages would."""
+    """The first `count` rows; where `marked`, what is trained on stands between signs. Raises DataError as the stages would."""
     rows = read_rows(
         path, kind, columns=columns, json_key=json_key, extra_columns="ignore", on_error="skip", max_skip_fraction=1.0
     ).rows
     for row in islice(rows, count):
         for name, ids, trained in _sides(row, template):
-            yield _drawn(f"{row.where}  {name}", ids, trained, template, max_length)
+            yield _drawn(f"{row.where}  {name}", ids, trained, template, max_length, SIGNS if marked else ("", ""))
 
 
 def _sides(row: Row, template: Template) -> Iterator[tuple[str, list[int], list[bool]]]:
@@ -56,7 +64,9 @@ def _sides(row: Row, template: Template) -> Iterator[tuple[str, list[int], list[
         yield name, prompt + response, [False] * len(prompt) + [True] * len(response)
 
 
-def _drawn(title: str, ids: list[int], trained: list[bool], template: Template, max_length: int) -> Preview:
+def _drawn(
+    title: str, ids: list[int], trained: list[bool], template: Template, max_length: int, signs: tuple[str, str]
+) -> Preview:
     tokenizer = template.tokenizer
     two_bos = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     text = Text(f"{title}: {len(ids)} tokens, {sum(trained)} of them trained on\n", style="bold")
@@ -67,10 +77,14 @@ def _drawn(title: str, ids: list[int], trained: list[bool], template: Template, 
     for place, (token, learned) in enumerate(zip(ids, trained, strict=True)):
         ends = learned and token in template.stop_ids
         style = WRONG if two_bos and place < 2 else END if ends else TRAINED if learned else READ
+        if learned and not (place and trained[place - 1]):
+            text.append(signs[0])
         shown = str(tokenizer.decode([token])).replace("\n", "⏎\n")
         text.append(f"{shown}", style=style + (" underline" if place >= max_length else ""))
         if ends or token in tokenizer.all_special_ids:
             text.append(f"({token})", style="cyan")
+        if learned and not any(trained[place + 1 : place + 2]):
+            text.append(signs[1])
     if any(trained) and not any(token in template.stop_ids for token, learned in zip(ids, trained, strict=True) if learned):
         text.append("\nno end of a reply is trained: a model would not learn to stop", style="yellow")
     return Preview(text, two_bos)

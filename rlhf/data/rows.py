@@ -43,7 +43,7 @@ MAX_LINE_BYTES = 8 * 2**20
 PROBLEMS_SHOWN = 20
 REASONS_SHOWN = 5
 ALIKE_SHOWN = 5
-"""Mistakes that are all the same, a misnamed column say, are told once."""
+"""More mistakes than these that are the same, a misnamed column say, are told once."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,27 @@ def _check_problems(path: Path, problems: list[Problem], total: int, allowed_fra
 
 
 def _report(problems: list[Problem]) -> str:
-    if len(problems) > ALIKE_SHOWN and len({(problem.reason, problem.fix) for problem in problems}) == 1:
-        others = ", ".join(problem.where for problem in problems[1:ALIKE_SHOWN])
-        return f"{problems[0]}\nand in {_count(len(problems) - 1)} more the same: {others}, ..."
-    lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
-    if rest := problems[PROBLEMS_SHOWN:]:
+    shown = problems_alike(problems)
+    lines = [line for line, _ in shown[:PROBLEMS_SHOWN]]
+    if rest := [problem for _, alike in shown[PROBLEMS_SHOWN:] for problem in alike]:
         lines.append(f"and {len(rest)} more: {_reasons(rest)}")
     return "\n".join(lines)
+
+
+def problems_alike(problems: list[Problem]) -> list[tuple[str, list[Problem]]]:
+    """(what to say, of which mistakes) in their order, those that are the same many times at the place of their first."""
+    same: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        same.setdefault((problem.reason, problem.fix), []).append(problem)
+    found = []
+    for problem in problems:
+        alike = same[problem.reason, problem.fix]
+        if len(alike) <= ALIKE_SHOWN:
+            found.append((str(problem), [problem]))
+        elif problem is alike[0]:
+            others = ", ".join(other.where for other in alike[1:ALIKE_SHOWN])
+            found.append((f"{problem}\nand in {_count(len(alike) - 1)} more the same: {others}, ...", alike))
+    return found
 
 
 def _reasons(problems: list[Problem]) -> str:

@@ -196,17 +196,17 @@ class Schema:
         if not isinstance(value, dict):
             raise BadRow(f"expected an object, found {describe(value)}")
         alpaca = is_alpaca(value) and "prompt" in self.columns and "instruction" not in self.names
-        if alpaca:
-            value = of_alpaca(value)
         for column, who in self.asked.items():
             if value.get(column) is None:
                 lacks = "is null" if column in value else "is missing"
                 raise BadRow(f"{column} {lacks}, which {who} asks for", f"the row has {', '.join(value)}")
+        if alpaca:
+            value = of_alpaca(value, self.names)
         extra = [column for column in self.others_of(value) if column not in self.asked]
         if extra and self.extra_columns == "fail":
             listed = ", ".join(f"{column!r}{_nearest(column, tuple(self.names))}" for column in extra)
             expected = f"expected {', '.join(self.columns.values())}"
-            fix = f"{expected}: map them in data.columns, or set data.extra_columns: ignore"
+            fix = f"{expected}: map them (--data.columns.FIELD {extra[0]}), or leave them (--data.extra_columns ignore)"
             raise BadRow(f"unknown column{'s' if len(extra) > 1 else ''} {listed}", fix)
         values: dict[str, Any] = {}
         columns = dict(self.columns)
@@ -226,11 +226,12 @@ def is_alpaca(value: dict[str, Any]) -> bool:
     return isinstance(value.get("instruction"), str) and "prompt" not in value and "messages" not in value
 
 
-def of_alpaca(value: dict[str, Any]) -> dict[str, Any]:
-    """Instruction and input on lines of their own, as LLaMA-Factory joins them; columns beside them stay."""
+def of_alpaca(value: dict[str, Any], mapped: Mapping[str, str]) -> dict[str, Any]:
+    """Instruction and input on lines of their own, as LLaMA-Factory joins them; columns beside them stay, and an output that
+    is `mapped` already."""
     value = dict(value)
     parts = [value.pop("instruction"), value.pop("input", None)]
-    if "output" in value and "completion" not in value:
+    if "output" in value and "completion" not in value and "output" not in mapped:
         value["completion"] = value.pop("output")
     return {"prompt": "\n".join(part for part in parts if part), **value}
 

@@ -10,13 +10,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.formats import Record, open_source
-from rlhf.data.rows import MAX_LINE_BYTES, Row, read_rows, scan_rows
+from rlhf.data.rows import MAX_LINE_BYTES, Row, first_columns, read_rows, scan_rows
 from rlhf.data.shapes import SHAPES, BadRow, Dialogue, Kind, Schema
 
 PLACES_SHOWN = 3
@@ -35,6 +36,8 @@ lead bytes are letters that do stand before a quote or a dot (Spaß“, CAFÉ…
 
 ORDER: tuple[Kind, ...] = ("ranking", "rated", "sft", "prompt")
 """Kinds a file is tried as, the one that asks for most first."""
+GUESSED_FROM = 100
+"""Rows that a guess of the kind looks at."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,21 @@ class Finding:
 
 
 def guess_kind(path: Path, columns: dict[str, str]) -> Kind | None:
-    """The kind as which the first row that is JSON at all can be read, columns nobody knows aside."""
-    for record in open_source(path, [], MAX_LINE_BYTES):
-        if isinstance(record, Record):
-            return next((kind for kind in ORDER if _fits(kind, record.value, columns)), None)
-    return None
+    """The first kind as which half of the first rows or more can be read, columns nobody knows aside."""
+    records = (record.value for record in open_source(path, [], MAX_LINE_BYTES) if isinstance(record, Record))
+    values = list(islice(records, GUESSED_FROM))
+    if not values:
+        return None
+    return next((kind for kind in ORDER if 2 * sum(_fits(kind, value, columns) for value in values) >= len(values)), None)
 
 
 def _fits(kind: Kind, value: Any, columns: dict[str, str]) -> bool:
     known = {name: column for name, column in columns.items() if name in Schema.of(kind, {}, None, "ignore").columns}
     try:
-        SHAPES[kind](Schema.of(kind, known, None, "ignore").fields_of(value))
+        fields = Schema.of(kind, known, None, "ignore").fields_of(value)
+        # pairs with a mistake in them are pairs, though their prompt alone could be read
+        if kind != "ranking" or "chosen" not in fields or "rejected" not in fields:
+            SHAPES[kind](fields)
     except BadRow:
         return False
     return True
@@ -199,13 +206,16 @@ def check(
 
     Raises DataError where it, or `against`, cannot be read at all; ConfigError where a column is none of the kind.
     """
-    options: dict[str, Any] = {"columns": columns, "json_key": json_key, "extra_columns": "ignore"}
-    found = scan_rows(path, kind, **options)
+    options: dict[str, Any] = {"json_key": json_key, "extra_columns": "ignore"}
+    found = scan_rows(path, kind, columns=columns, **options)
     findings = survey(found.rows)
     if found.dropped:
         findings.append(Finding("equal", found.dropped, found.dropped + len(found.rows), "choose what they reject", ()))
     if against is not None:
-        asked = {row.asks for row in read_rows(against, guess_kind(against, columns) or kind, **options, on_error="skip").rows}
+        there = first_columns(str(against), MAX_LINE_BYTES)
+        own = {name: column for name, column in columns.items() if column in there}
+        other = read_rows(against, guess_kind(against, own) or kind, columns=own, **options, on_error="skip")
+        asked = {row.asks for row in other.rows}
         places = [row.where for row in found.rows if row.asks in asked]
         if leaked := _finding("leakage", places, len(found.rows), f"ask what a row of {against} asks"):
             findings.append(leaked)
@@ -215,7 +225,7 @@ def check(
         "rows": len(found.rows) + found.dropped + len(found.problems),
         "fields": sorted({name for row in found.rows for name in row.fields} - {"margin"}),
         "notes": found.notes,
-        "errors": [str(problem) for problem in found.problems],
+        "errors": [asdict(problem) for problem in found.problems],
         "findings": [{"name": one.name, "rows": one.count, "text": str(one)} for one in findings],
         "characters": {name: dict(zip(PARTS, percentiles(sizes), strict=True)) for name, sizes in lengths(found.rows).items()},
     }

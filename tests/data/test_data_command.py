@@ -73,7 +73,7 @@ def test_a_taste_for_length_is_told(tmp_path, capsys):
 def test_mistakes_have_their_places_and_their_code(tmp_path, capsys):
     code, found = check(write(tmp_path / "pairs.jsonl", CLEAN[0], "{", {"prompt": "q", "chosen": "c"}), capsys)
     assert code == 65
-    assert [error.split(": ")[0].rpartition("/")[2] for error in found["errors"]] == ["pairs.jsonl:2:2", "pairs.jsonl:3"]
+    assert [error["where"].rpartition("/")[2] for error in found["errors"]] == ["pairs.jsonl:2:2", "pairs.jsonl:3"]
 
 
 def test_a_prompt_of_the_other_file_is_leakage(tmp_path, capsys):
@@ -114,6 +114,16 @@ def test_alpaca_is_read_as_llama_factory_joins_it(tmp_path):
         {"prompt": "Translate.\nchat", "completion": "cat"},
         {"prompt": "Say yes.", "completion": "yes"},
     ]
+
+
+def test_alpaca_keeps_its_output_where_that_is_named_or_asked_for(tmp_path):
+    from rlhf.data.rows import read_rows
+
+    file = write(tmp_path / "rows.jsonl", {"instruction": "Translate.", "input": "", "output": "cat"})
+    [named] = read_rows(file, "sft", columns={"completion": "output"}).rows
+    assert named.fields == {"prompt": "Translate.", "completion": "cat"}
+    [asked] = read_rows(file, "prompt", asked={"output": "a verifier"}).rows
+    assert (asked.fields["prompt"], asked.others["output"]) == ("Translate.", "cat")
 
 
 def test_a_misnamed_column_is_told_once_with_its_flag(tmp_path, capsys):
@@ -245,6 +255,45 @@ def test_preview_shows_what_is_trained_and_where_it_ends(model, tmp_path, capsys
     assert "rows.jsonl:1  row: " in shown
     assert "of them trained on" in shown
     assert "rows.jsonl:2" not in shown
+    before, after = shown.split("⟦")  # no terminal, no colour
+    assert ("c" in after.split("⟧")[0], "b" in before) == (True, True)
+
+
+def test_one_bad_row_at_the_head_does_not_make_pairs_prompts(tmp_path, capsys):
+    code, found = check(write(tmp_path / "pairs.jsonl", {"prompt": "q", "chosen": "c"}, *CLEAN), capsys)
+    assert (code, found["kind"], len(found["errors"])) == (65, "ranking", 1)
+
+
+def test_mistakes_that_are_the_same_are_told_once_and_all_counted(tmp_path, capsys):
+    file = write(tmp_path / "pairs.jsonl", *CLEAN, *[pair("q", "", "b")] * 9)
+    assert main(["data", "check", str(file)]) == 65
+    said = capsys.readouterr().out
+    assert said.count("chosen is empty") == 1
+    assert "in 8 rows more the same" in said
+    assert len(check(file, capsys)[1]["errors"]) == 9
+
+
+def test_the_other_file_is_read_with_its_own_columns(tmp_path, capsys):
+    train = write(tmp_path / "train.jsonl", {"question": "q3", "answer": "a"}, {"question": "new", "answer": "a"})
+    words = ["--columns.prompt", "question", "--columns.completion", "answer", "--against"]
+    _, found = check(train, capsys, *words, str(write(tmp_path / "eval.jsonl", *CLEAN)))
+    assert [(one["name"], one["rows"]) for one in found["findings"]] == [("leakage", 1)]
+
+
+def test_rows_of_no_kind_are_told_with_their_columns(tmp_path, capsys):
+    assert main(["data", "check", str(write(tmp_path / "odd.jsonl", {"question": "q", "answer": "a"}))]) == 65
+    said = capsys.readouterr().err
+    assert "they have question, answer" in said
+    assert "--columns.prompt NAME" in said
+
+
+@pytest.mark.parametrize(("prompt", "code"), [("<|pad|><|pad|>a", 65), ("<|pad|>a", 0)])
+def test_two_bos_are_an_error_of_preview(prompt, code, model, tmp_path, capsys):
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<|pad|>"}))
+    file = write(tmp_path / "rows.jsonl", {"prompt": prompt, "completion": "c"})
+    assert main(["data", "preview", str(file), "--model", str(model)]) == code
+    assert ("two BOS" in capsys.readouterr().out) == (code == 65)
 
 
 def test_in_tokens_the_cut_and_the_equal_are_counted(model, tmp_path, capsys):
@@ -266,6 +315,7 @@ def test_in_tokens_the_cut_and_the_equal_are_counted(model, tmp_path, capsys):
         (["split", "nowhere.jsonl", "one.jsonl"], 2),
         (["clean", "nowhere.jsonl", "out.txt"], 2),
         (["split", "nowhere.jsonl", "a.jsonl", "b.jsonl", "--part", "2"], 2),
+        (["check", "nowhere.jsonl", "--json-key", "text", "--stage", "ppo"], 2),
     ],
 )
 def test_mistakes_are_one_message(words, code, capsys):

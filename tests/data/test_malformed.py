@@ -141,13 +141,24 @@ def test_a_line_at_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path, en
 
 def test_every_mistake_of_a_file_is_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"{\n" + GOOD + b'{"prompt": "Hi"}\n' * 23 + b'{"prompt": 1, "completion": "x"}\n')
+    others = [f'{{"prompt": "Hi", "completion": "x", "column{n}": 1}}\n'.encode() for n in range(24)]
+    path.write_bytes(b"{\n" + GOOD + b'{"prompt": "Hi"}\n' * 4 + b"".join(others))
     with pytest.raises(DataError) as caught:
         read_rows(path, "sft")
     lines = str(caught.value).splitlines()
     assert len(lines) == 21
     assert [line.split(" ")[0] for line in lines[:20]] == [f"{path}:1:2:", *(f"{path}:{n}:" for n in range(3, 22))]
-    assert lines[20].startswith("and 5 more: completion is missing in 4 rows; prompt is a number")
+    assert lines[20].startswith("and 9 more: unknown column 'column15' in 1 row; ")
+
+
+def test_the_same_mistake_many_times_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{\n" + GOOD + b'{"prompt": "Hi"}\n' * 23 + b'{"prompt": 1, "completion": "x"}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(path, "sft")
+    lines = str(caught.value).splitlines()
+    assert [line.split(" ")[0] for line in lines] == [f"{path}:1:2:", f"{path}:3:", "and", f"{path}:26:"]
+    assert lines[2] == f"and in 22 rows more the same: {', '.join(f'{path}:{n}' for n in range(4, 8))}, ..."
 
 
 def test_cut_gzip_is_refused_even_when_skipping(tmp_path: Path) -> None:
