@@ -23,6 +23,7 @@ from rlhf.checkpoints.templates import Values, fill, match
 from rlhf.errors import DataError
 
 CONFIG = "config.json"
+SCALAR_HEAD = "score.weight"
 SHARD_BYTES = 5 * 10**9
 """As transformers' save_pretrained."""
 WHOLE_NUMBERS = (
@@ -154,11 +155,16 @@ def read_hugging_face(directory: Path, family: Family | None = None) -> Checkpoi
     """A Hugging Face model's tensors as ours.
 
     Raises:
-        DataError: a tensor is unknown to the family, missing, or does not fit config.json.
+        DataError: a tensor is unknown to the family, missing, or does not fit config.json; the model has a scalar head.
     """
     config = read_config(directory)
     family = family or family_of(config, str(directory / CONFIG))
     tensors = read_tensors(directory)
+    if SCALAR_HEAD in tensors:
+        raise DataError(
+            f"{directory}: a reward model ({SCALAR_HEAD}), and Megatron's language models have no place for its head; stages, "
+            "engines and transformers take the directory as it is, and so do --to fp8 and --to bf16"
+        )
     heads = heads_of(config, family, directory)
     prefixed = {_with_prefix(key, family): stored for key, stored in tensors.items()}
     ignored = [key for key in prefixed if any(match(template, key) is not None for template in family.ignored)]

@@ -344,3 +344,11 @@ def test_a_tensor_is_written_in_the_order_of_its_rows(tensor, tmp_path) -> None:
     sink.close()
     assert torch.equal(load_file(tmp_path / "one.safetensors")["a"], tensor)
     assert digest == hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("target", ["hf", "megatron"])
+def test_a_reward_model_is_refused_by_name(target: str, home: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(home / "hf", tmp_path / "rm"))
+    save_file({**load_file(model / "model.safetensors"), "score.weight": torch.ones(1, 4)}, model / "model.safetensors")
+    with pytest.raises(DataError, match=r"a reward model \(score\.weight\)"):
+        plan(Request(model, tmp_path / "out", target))
