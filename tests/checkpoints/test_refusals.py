@@ -11,6 +11,7 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -347,7 +348,7 @@ def test_a_tensor_is_written_in_the_order_of_its_rows(tensor, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("target", ["hf", "megatron"])
-def test_a_reward_model_is_refused_by_name(target: str, home: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_refused_by_name(target: Literal["hf", "megatron"], home: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(home / "hf", tmp_path / "rm"))
     save_file({**load_file(model / "model.safetensors"), "score.weight": torch.ones(1, 4)}, model / "model.safetensors")
     with pytest.raises(DataError, match=r"a reward model \(score\.weight\)"):
