@@ -10,9 +10,12 @@ from typing import Any
 from rlhf.errors import DataError
 from rlhf.paths import sync
 
+NOTES = "notes.jsonl"
+"""What a stage said beside its figures: lines of `step` (how many were done) and `text`."""
+
 
 class Records:
-    """metrics.jsonl or samples.jsonl. `step` is the first key of every line."""
+    """metrics.jsonl, samples.jsonl or notes.jsonl. `step` is the first key of every line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +53,14 @@ class Records:
         """Leaves only what was known when `step` steps were done, so that a resumed run repeats no line."""
         if not self.path.exists():
             return
-        kept = [record for record in self.read() if record["step"] <= step]
+        self._replace([record for record in self.read() if record["step"] <= step])
+
+    def mend(self) -> None:
+        """Leaves out a line cut short by a kill, which the next one would else be written behind."""
+        if self.path.exists():
+            self._replace(self.read())
+
+    def _replace(self, kept: list[dict[str, Any]]) -> None:
         partial = self.path.with_name(f".{self.path.name}-{os.getpid()}")
         partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
         sync(partial)

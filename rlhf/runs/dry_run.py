@@ -60,7 +60,7 @@ def batches(config: Any, processes: int) -> list[str]:
 
 def writes(config: Any) -> list[str]:
     """The files a run leaves, where it would leave them."""
-    names = ["run.json", "status.json", "metrics.jsonl"]
+    names = ["run.json", "status.json", "metrics.jsonl", "notes.jsonl"]
     if isinstance(config, PolicyStage) and config.report.samples:
         names.append("samples.jsonl")
     if config.report.profile:

@@ -169,13 +169,14 @@ def _begin(train: Training, manifest: dict[str, Any]) -> None:
     state = state_of(train.run, train.stage, train.config, machine, train.resume.allow_inexact)
     if state == "done":
         say_done(train.run)
-        train.note(f"{train.run} is finished already")
+        train.console.note(f"{train.run} is finished already")
         raise SystemExit(0)
     if state == "resume":
         before = read_json(train.run / MANIFEST)
         manifest |= {name: before[name] for name in ("started", *TOKENIZER) if name in before}
         changes = differences(fingerprint(before), fingerprint(manifest))
         manifest["inexact_resumes"] = before.get("inexact_resumes", []) + ([changes] if changes else [])
+        train.notes.mend()
     train.manifest = manifest
     write_json(train.run / MANIFEST, manifest)
     write_status(train.run, "running")

@@ -35,7 +35,7 @@ def save(train: Training) -> None:
     tensors = {"model": _on_main(train, weights), "optimizer": _on_main(train, train.engine.optimizer_tensors())}
     tensors |= {name: _on_main(train, weights.named()) for name, weights in train.weights.items()}
     if train.is_main:
-        for records in (train.metrics, train.samples):
+        for records in (train.metrics, train.samples, train.notes):
             records.sync()
         if in_fp8 := fp8_state(train.all_models()):
             tensors["fp8"] = in_fp8
@@ -60,6 +60,7 @@ def restore(train: Training) -> dict[str, Tensor]:
     if train.is_main:
         for records in (train.metrics, train.samples):
             records.cut(found.step if found else -1)
+        train.notes.cut(found.step if found else 0)  # those of step 0 are of the opening, which this start has had as well
     if found is None:
         return {}
     weights, state = found.tensors("model"), found.state()

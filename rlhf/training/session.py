@@ -26,13 +26,13 @@ from rlhf.config.sections import Optimizer, Schedule
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import Preempted
+from rlhf.errors import Preempted, without_secrets
 from rlhf.fp8.apply import described
 from rlhf.fp8.state import advance, forget_weights, fp8_layers
 from rlhf.models.frozen import forget_rows
 from rlhf.models.precision import cast_once
 from rlhf.report.console import Console
-from rlhf.report.records import Records
+from rlhf.report.records import NOTES, Records
 from rlhf.report.stats import Stats
 from rlhf.runs.lineage import differences, inexact
 from rlhf.runs.manifest import MANIFEST, finish, write_json
@@ -82,6 +82,7 @@ class Training:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
+        self.notes = Records(self.run / NOTES)
         self.manifest: dict[str, Any] = {}
         self.non_finite = NonFinite(self)
         self.weights: dict[str, Weights] = {}
@@ -293,7 +294,10 @@ class Training:
     # ---- report ------------------------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
+        """Says it, and keeps it in notes.jsonl; what a step that is run again says again stays one line."""
         self.console.note(text)
+        if self.is_main:
+            self.notes.append_once(self.step_done, {"text": without_secrets(text)})
 
     def read(self, path: str, found: Examples[Example], what: str) -> list[Example]:
         """The examples of a file, after saying what became of it."""

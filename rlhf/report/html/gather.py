@@ -11,8 +11,8 @@ from typing import Any
 from rlhf.errors import DataError, without_secrets
 from rlhf.report.html import charts
 from rlhf.report.html.panels import NOT_DRAWN, PANELS
-from rlhf.report.html.verdict import Finding, Level, ending, findings, kl_budget, series, worst
-from rlhf.report.records import Records
+from rlhf.report.html.verdict import Finding, Level, ending, findings, kl_budget, series, warned, worst
+from rlhf.report.records import NOTES, Records
 from rlhf.runs.lineage import Node, chain
 from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, read_manifest, read_status, seconds
 
@@ -46,6 +46,8 @@ class RunPage:
     phases: list[tuple[str, float, float]]
     """Name, seconds, share."""
     lineage: tuple[Node, ...]
+    notes: list[tuple[int, str]]
+    """Steps done, and what was said."""
     pictures: list[tuple[str, str]]
     command: str
 
@@ -80,7 +82,8 @@ def gather(run: Path) -> RunPage:
     samples = _samples(Records(run / "samples.jsonl").read())
     lineage = chain(run) if manifest else ()
     found = [ending(state, status.get("reason", "") if not finished else ""), *findings(stage, config, result, metrics)]
-    found += _warnings(run, manifest, lineage, metrics)
+    notes = [(line["step"], str(line.get("text", ""))) for line in Records(run / NOTES).read()]
+    found += [*_warnings(run, manifest, lineage, metrics), *warned(notes)]
     drawn, others = _curves(config, metrics)
     return RunPage(
         run=str(run),
@@ -96,6 +99,7 @@ def gather(run: Path) -> RunPage:
         prompts=len(samples),
         phases=_phases(metrics),
         lineage=lineage,
+        notes=notes,
         pictures=_pictures(run),
         command=_command(manifest),
     )

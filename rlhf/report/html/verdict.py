@@ -18,6 +18,8 @@ ENTROPY_LEFT = 0.1
 """Of what it was in the first iterations; below it the policy says one thing only."""
 LENGTH_CORRELATION = 0.5
 CALIBRATION_ERROR = 0.1
+WARNING = "warning: "
+"""How a note begins that is one."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ def ending(state: str, reason: str) -> Finding:
             return Finding("warn", "The run has not ended, or was killed; the figures are those up to now.")
         case _:
             return Finding("warn", "The run left no word on how it ended.")
+
+
+def warned(notes: Sequence[tuple[int, str]]) -> list[Finding]:
+    """Of what the stage said, the warnings: each once, with the step it came at first."""
+    first: dict[str, int] = {}
+    for step, text in notes:
+        if text.startswith(WARNING):
+            first.setdefault(text.removeprefix(WARNING), step)
+    return [Finding("warn", f"{text[:1].upper()}{text[1:]} (after step {step})") for text, step in first.items()]
 
 
 def findings(stage: str, config: dict[str, Any], result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
