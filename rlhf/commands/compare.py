@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
 
 
 def _runs(one: Path, other: Path) -> tuple[dict[str, Any], list[str]]:
-    from rlhf.runs.compare import compare_runs
+    from rlhf.report.compare import compare_runs
 
     found = compare_runs(one, other)
     lines = [f"made of   {part.name}: {_short(part.one)} | {_short(part.other)}" for part in found.made_of]

@@ -67,7 +67,11 @@ def import_error(module: str) -> str | None:
     """What importing it says last, where it fails; None where it works. It can do this process no harm."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False
+            [sys.executable, "-P", "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"no end of its import within {IMPORT_SECONDS} s"

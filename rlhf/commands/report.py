@@ -13,7 +13,7 @@ rlhf report RUN [--output FILE] [--json]
   One HTML page about a run of any stage, or about a pipeline (RUN/sft, RUN/rm, RUN/ppo): the verdict in plain words, curves,
   the same prompts' replies over time, calibration, time by phase, what it was made from, the command to run it again.
   The page needs no network and no other file. A run that failed, or goes on, has one too.
-  --output FILE   where to write it (default: RUN/report.html)
+  --output FILE   where to write it (default: RUN/report.html); a report there is replaced, no other file is
   --json          the verdict for a program: {"report", "level": good|warn|bad, "runs": [...]}"""
 
 

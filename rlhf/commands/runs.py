@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from rlhf.commands import show
 from rlhf.config.arguments import Parser
 from rlhf.errors import UsageError
 
@@ -15,13 +16,14 @@ rlhf runs list [DIR] [--stage NAME] [--state NAME] [--json]
 rlhf runs show RUN [--json]
 rlhf runs rm RUN [--force]
 
-  list   every run under DIR (default: runs), oldest first: stage, state (running, done, failed, preempted), start, duration
-         and the figure that says most
+  list   every run under DIR (default: runs), oldest first: stage, state (running, killed, done, failed, preempted), start,
+         duration and the figure that says most
   show   as `rlhf show`: what a run was made from and whether that is unchanged
   rm     deletes a run; refused while it is in progress, where another run beside it was made from it (--force does it all the
          same), and for a directory that is no run"""
 
-STATES = ("running", "done", "failed", "preempted", "unknown")
+STATES = ("running", "killed", "done", "failed", "preempted", "unknown")
+PIPED_WIDTH = 10_000
 
 
 def run(argv: list[str]) -> int:
@@ -29,7 +31,7 @@ def run(argv: list[str]) -> int:
         case ["list", *rest]:
             return _list(rest)
         case ["show", *rest]:
-            return _show(rest)
+            return show.run(rest)
         case ["rm", *rest]:
             return _remove(rest)
         case [] | ["-h" | "--help", *_]:
@@ -37,7 +39,7 @@ def run(argv: list[str]) -> int:
             return 0
         case [word, *_]:
             raise UsageError(f"{word}: expected list, show or rm\n{USAGE}")
-    return 0
+    raise AssertionError("unreachable: every list of words is matched above")
 
 
 def _list(argv: list[str]) -> int:
@@ -69,23 +71,11 @@ def _list(argv: list[str]) -> int:
         duration = f"{listed.seconds:.0f}" if listed.seconds is not None else ""
         started = listed.started[:16].replace("T", " ")
         table.add_row(*map(escape, (listed.run, listed.stage, listed.state, started, duration, result)))
-    Console(file=sys.stdout, highlight=False).print(table if found else f"no such run under {escape(str(given.directory))}")
-    return 0
-
-
-def _show(argv: list[str]) -> int:
-    parser = Parser(USAGE)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    given = parser.parse_args(argv)
-
-    from rlhf.runs.show import describe_run, print_run
-
-    described = describe_run(given.run)
-    if given.as_json:
-        print(json.dumps(asdict(described), indent=2))
-    else:
-        print_run(described, sys.stdout)
+    # a place that is cut short is of no use to who reads the output with a program
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    Console(file=sys.stdout, highlight=False, width=width).print(
+        table if found else f"no such run under {escape(str(given.directory))}"
+    )
     return 0
 
 

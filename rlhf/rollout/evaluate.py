@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import stdev
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,15 +24,16 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     keep: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(means over all replies that have the number, the first `keep` replies with their scores).
+    """(means over all replies that have the number, with the standard error of the score's; the first `keep` replies with
+    their scores).
 
     A scorer returns a list of numbers (None: it has none for that reply), or a dict of such lists by metric name.
     """
     mask, finished = experience.mask, experience.finished.tolist()
     replies = [tokens[real.bool()].tolist() for tokens, real in zip(experience.tokens, mask, strict=True)]
     responses = decode(replies, tokenizer)
-    scores = zip(experience.scores.tolist(), experience.scored.tolist(), strict=True)
-    columns: dict[str, list[float | None]] = {"score": [score if kept else None for score, kept in scores]}
+    told = zip(experience.scores.tolist(), experience.scored.tolist(), strict=True)
+    columns: dict[str, list[float | None]] = {"score": [score if kept else None for score, kept in told]}
     columns |= {"length": mask.sum(1).double().tolist(), "ended": experience.finished.double().tolist()}
     for name, component in experience.components.items():
         columns[name] = [None if math.isnan(score) else score for score in component.tolist()]
@@ -43,6 +45,8 @@ def evaluate(
         columns |= {name: checked_scores(column, len(asked), scorer.source) for name, column in named.items()}
     there = {name: [value for value in column if value is not None] for name, column in columns.items()}
     metrics = {name: sum(values) / len(values) for name, values in there.items() if values}
+    if len(scores := there["score"]) > 1:
+        metrics["score_standard_error"] = stdev(scores) / math.sqrt(len(scores))
     if experience.reference_logprobs is not None:
         metrics["kl"] = sequence_kl(experience)
     samples = [

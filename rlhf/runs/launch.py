@@ -22,7 +22,7 @@ from rlhf.config.machines import ONE_MACHINE, PORT, Machines
 from rlhf.errors import Locked, UsageError
 from rlhf.runs.launch_file import find_launch_file, read_launch_file
 from rlhf.runs.lock import check_unlocked
-from rlhf.runs.manifest import STATUS, read_status, write_status
+from rlhf.runs.manifest import LAUNCH, STATUS, read_status, write_status
 
 LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 
@@ -43,13 +43,14 @@ def command(
         UsageError: no such launch file, or it cannot start as many processes, or they do not divide among the machines.
         ConfigError: the launch file sets a precision, which is the stage config's to say.
     """
+    asked = _words(launch, nproc, machines)
     if launch == "auto":
         launch = "cpu" if not any(Path("/dev").glob("nvidia[0-9]*")) else "ddp" if (nproc or 1) > 1 else "gpu"
     script = [str(paths.STAGES / f"{stage}.py"), *arguments]
     if launch == "cpu":
         nproc = nproc or machines.count
         local = _share(nproc, machines.count)
-        return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"}
+        return _on_cpu(script, local, machines), _environment(nproc, local, threads) | {"ACCELERATE_USE_CPU": "true"} | asked
     file = find_launch_file(launch)
     settings = read_launch_file(file, nproc or 1)
     settings.engine(file)
@@ -63,7 +64,17 @@ def command(
             options += ["--deepspeed_multinode_launcher", "standard"]
     local = _share(processes, machines.count)
     argv = [sys.executable, "-m", LAUNCHERS["accelerate"], *options, *script]
-    return argv, _environment(processes, local, threads)
+    return argv, _environment(processes, local, threads) | asked
+
+
+def _words(launch: str, nproc: int | None, machines: Machines) -> dict[str, str]:
+    """How the stage was started, for run.json: its own command line does not say it. Nothing where nobody chose anything."""
+    words = [] if launch in ("auto", "cpu") else ["--launch", launch]
+    words += ["--nproc", str(nproc)] if nproc and nproc > 1 else []
+    if machines.count > 1:
+        words += ["--num-machines", str(machines.count), "--machine-rank", str(machines.rank)]
+        words += ["--main-address", f"{machines.address}:{machines.port}"]
+    return {LAUNCH: shlex.join(words)} if words else {}
 
 
 def machines_of(launch: str, asked: Machines | None) -> Machines:

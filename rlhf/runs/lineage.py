@@ -19,7 +19,16 @@ from rlhf.config.schema import Stage
 from rlhf.digest import file_digest, text_digest, tree_digest
 from rlhf.errors import DataError
 from rlhf.models.source import require_pinned, resolve
-from rlhf.runs.manifest import MANIFEST, SCHEMA_VERSION, changed_files, manifest_digest, read_json, read_manifest, versions
+from rlhf.runs.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    changed_files,
+    is_run,
+    manifest_digest,
+    read_json,
+    read_manifest,
+    versions,
+)
 
 RunState = Literal["new", "resume", "done"]
 Verdict = Literal["ok", "changed", "missing", "by name"]
@@ -78,7 +87,7 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         DataError: an input is missing, comes from an unfinished run, or is not what its run left.
     """
     inputs = {}
-    fields = _flat(config.model_dump(mode="json"))
+    fields = flat(config.model_dump(mode="json"))
     scorers = {f"{SCORERS}[{place}]": spec for place, spec in enumerate(fields.get(SCORERS, ()))}
     fields |= scorers
     sources = [field for field in fields if field.startswith(SOURCES) and field.endswith(".source")]
@@ -106,7 +115,7 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     told_by_content = {INPUT_FIELDS.get(name, name) for name, entry in inputs.items() if entry["digest"] is not None}
     config = {
         field: value
-        for field, value in _flat(manifest["config"]).items()
+        for field, value in flat(manifest["config"]).items()
         if field.split(".")[0] not in OUTPUT_FIELDS and field not in KEPT_FIELDS + WAITING_FIELDS + tuple(told_by_content)
     }
     contents = {f"contents of {name}": entry["digest"] for name, entry in inputs.items() if entry["digest"] is not None}
@@ -247,7 +256,7 @@ def _digest_of_file(path: Path, field: str) -> str:
 def run_of(spec: str) -> Path | None:
     """The run that an input is, or lies in."""
     path = Path(spec)
-    return next((place for place in (path, path.parent) if (place / MANIFEST).is_file()), None)
+    return next((place for place in (path, path.parent) if is_run(place)), None)
 
 
 def _verify(run: Path, name: str, path: Path, reader: str) -> None:
@@ -292,11 +301,12 @@ def _stale(what: str, changes: list[str], way_out: str) -> DataError:
     return DataError(f"{what} (recorded -> now):{lines}\nchoose another --output, {way_out}")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Everything in a tree of dicts, by dotted names."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _short(value: Any) -> str:

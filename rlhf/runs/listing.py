@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, OutputError
-from rlhf.runs.lineage import run_of
+from rlhf.errors import DataError, Locked, OutputError
+from rlhf.runs.lineage import WRITTEN, run_of
 from rlhf.runs.lock import check_unlocked, run_lock
-from rlhf.runs.manifest import MANIFEST, manifest_digest, read_manifest, read_status, seconds
+from rlhf.runs.manifest import (
+    MANIFEST,
+    STATUS,
+    is_run,
+    manifest_digest,
+    read_json,
+    read_manifest,
+    read_status,
+    seconds,
+    standing,
+)
 
 KEY_RESULTS = (("after", "score"), ("eval/accuracy", None), ("eval/loss", None))
 """Where in a result the one figure is that says most; the first that is there is shown."""
@@ -30,14 +41,17 @@ class Listed:
 
 
 def runs_under(place: Path) -> list[Listed]:
-    """Every run in the directory, at any depth, in the order in which they started.
+    """Every run in the directory, at any depth, in the order in which they started; of one that failed before there was
+    anything to record, what its status says.
 
     Raises:
         DataError: there is no such directory.
     """
     if not place.is_dir():
         raise DataError(f"{place}: no such directory; name the one that your runs are in: rlhf runs list DIR")
-    return sorted(map(_listed, _places(place)), key=lambda listed: (datetime.fromisoformat(listed.started), listed.run))
+    return sorted(
+        map(_listed, _places(place, begun=True)), key=lambda listed: (datetime.fromisoformat(listed.started), listed.run)
+    )
 
 
 def remove(run: Path, force: bool = False) -> None:
@@ -66,7 +80,7 @@ def remove(run: Path, force: bool = False) -> None:
         raise DataError(f"{run}: made from it: {', '.join(map(str, others))}; --force removes it all the same")
     try:
         with run_lock(run):
-            shutil.rmtree(run)
+            shutil.rmtree(run.resolve())  # of `.` the system removes all but the directory itself
     except OSError as error:
         raise OutputError(f"{run}: cannot be removed: {error}") from error
 
@@ -90,33 +104,48 @@ def _maker(reader: Path, path: str) -> Path | None:
     return maker.resolve() if maker is not None else None
 
 
-def _places(place: Path) -> Iterator[Path]:
-    """Directories that hold a manifest of ours. What a run holds is not searched but for runs of a pipeline beside it."""
+def _places(place: Path, begun: bool = False) -> Iterator[Path]:
+    """Directories that hold a manifest of ours, or have only `begun`. What a run wrote into its own is not searched."""
     for directory, inner, files in os.walk(place):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in ("model", "critic", "checkpoints"))
-        if MANIFEST in files and _is_ours(Path(directory)):
+        ours = MANIFEST in files and is_run(Path(directory))
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and not (ours and name in WRITTEN))
+        if ours or (begun and STATUS in files and MANIFEST not in files and _has_begun(Path(directory))):
             yield Path(directory)
 
 
-def _is_ours(run: Path) -> bool:
+def _has_begun(directory: Path) -> bool:
     try:
-        read_manifest(run)
-    except DataError:  # some other tool's run.json is none of ours
+        status = read_json(directory / STATUS)
+    except DataError:  # some other tool's
         return False
-    return True
+    return isinstance(status, dict) and {"state", "time", "host", "pid"} <= set(status)
 
 
 def _listed(run: Path) -> Listed:
-    manifest, status = read_manifest(run), read_status(run)
+    if not is_run(run):
+        status = read_json(run / STATUS)
+        return Listed(str(run), run.resolve().name, status["state"], status["time"], None, {})
+    manifest = read_manifest(run)
     finished = manifest["finished"] is not None
+    state = standing(run, manifest)
     return Listed(
         run=str(run),
         stage=manifest["stage"],
-        state="done" if finished else status["state"] if status else "unknown",
+        state="killed" if state == "running" and _is_left(run) else state,
         started=manifest["started"],
         seconds=seconds(manifest) if finished else None,
         result=_key(manifest.get("result", {})),
     )
+
+
+def _is_left(run: Path) -> bool:
+    """Whether a run that says it is running is nobody's: no process of this machine, where it ran, holds it."""
+    status = read_status(run)
+    try:
+        check_unlocked(run)
+    except Locked:
+        return False
+    return status is not None and status["host"] == socket.gethostname()
 
 
 def _key(result: dict[str, Any]) -> dict[str, float]:

@@ -28,6 +28,8 @@ State = Literal["running", "done", "failed", "preempted"]
 
 MANIFEST = "run.json"
 STATUS = "status.json"
+LAUNCH = "RLHF_LAUNCH"
+"""Environment variable in which a stage is told the flags of `rlhf` that started its processes."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,6 +68,22 @@ def read_manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_run(directory: Path) -> bool:
+    """Whether a run.json of ours is in it: other tools write files of that name."""
+    try:
+        return bool(read_manifest(directory))
+    except (DataError, FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def standing(run: Path, manifest: dict[str, Any]) -> str:
+    """How the run stands: a State, or `unknown` where it left no word."""
+    if manifest.get("finished") is not None:  # a kill may come between the last writes of run.json and status.json
+        return "done"
+    status = read_status(run)
+    return status["state"] if status else "unknown"
+
+
 def versions() -> dict[str, str]:
     """Of everything that can change a run's bits; DeepSpeed's where it is installed."""
     packages = ["rlhf", "torch", "transformers", "accelerate", "peft"]
@@ -98,6 +116,7 @@ def new_manifest(
         "rlhf_version": versions["rlhf"],
         "stage": stage,
         "command": command,
+        "launch": os.environ.get(LAUNCH, ""),
         "config": config_json,
         "versions": versions,
         "seed": seed,

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from rlhf.errors import DataError
 from rlhf.runs.lineage import Node, chain
-from rlhf.runs.manifest import MANIFEST, changed_files, read_manifest, read_status, seconds
+from rlhf.runs.manifest import MANIFEST, changed_files, is_run, read_manifest, read_status, seconds, standing
 
 COLOURS = {"ok": "green", "changed": "red", "missing": "red", "by name": "dim"}
 
@@ -32,16 +32,16 @@ def describe_run(run: Path) -> Description:
         DataError: there is no run.
     """
     if not (run / MANIFEST).is_file():
-        runs = sorted(run.glob(f"*/{MANIFEST}"), key=lambda file: read_manifest(file.parent)["started"])
+        runs = [file.parent for file in run.glob(f"*/{MANIFEST}") if is_run(file.parent)]
         if not runs:
             raise DataError(f"{run}: no run: there is no {MANIFEST} in it, nor in a directory in it")
-        run = runs[-1].parent
+        run = max(runs, key=lambda place: read_manifest(place)["started"])
     manifest, status = read_manifest(run), read_status(run)
     finished = manifest["finished"] is not None
     return Description(
         run=str(run),
         stage=manifest["stage"],
-        state="done" if finished else status["state"] if status else "unknown",
+        state=standing(run, manifest),
         reason=status["reason"] if status and not finished else "",
         seconds=seconds(manifest) if finished else None,
         changed=changed_files(run, manifest),

@@ -69,9 +69,29 @@ def test_the_command_of_a_recipe_and_of_a_copy(place):
     text = page_of(place / "ppo").text
     assert "rlhf ppo \\\n  --reward=https://***@host/x \\\n  '--a=b c'" in text
     assert "hunter22" not in text
-    recorded["command"][0] = "my/ppo_copy.py"
+    recorded |= {"command": ["stages/ppo.py", "--seed", "1"], "launch": "--launch fsdp --nproc 2", "world_size": 2}
     (place / "ppo" / "run.json").write_text(json.dumps(recorded))
-    assert "python my/ppo_copy.py" in page_of(place / "ppo").text
+    assert "rlhf ppo \\\n  --seed 1 \\\n  --launch fsdp \\\n  --nproc 2" in page_of(place / "ppo").text
+    recorded["command"][0] = "my/ppo_copy.py"
+    for processes, first in ((1, "python my/ppo_copy.py"), (2, "accelerate launch --num_processes=2 my/ppo_copy.py")):
+        (place / "ppo" / "run.json").write_text(json.dumps(recorded | {"world_size": processes}))
+        assert first in page_of(place / "ppo").text
+
+
+def test_no_file_of_anybody_is_written_over(place, capsys):
+    record = (place / "ppo" / "metrics.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="is no report"):
+        run([str(place / "ppo"), "--output", str(place / "ppo" / "metrics.jsonl")])
+    assert (place / "ppo" / "metrics.jsonl").read_bytes() == record
+    for _ in range(2):  # a report takes the place of one
+        assert run([str(place / "ppo"), "--output", str(place)]) == 0
+    assert (place / "report.html").is_file()
+
+
+def test_a_run_json_of_others_is_passed_over(place, capsys):
+    (place / "other").mkdir()
+    (place / "other" / "run.json").write_text('{"x": 1}')
+    assert run([str(place)]) == 0
 
 
 def test_nothing_is_fetched_and_nothing_is_run(place):

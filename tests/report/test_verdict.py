@@ -14,9 +14,10 @@ def told(stage, result=None, metrics=(), config=None) -> list[tuple[str, str]]:
 
 
 def of_scores(before, after):
-    """Noise of a difference: 2 sqrt(1/100 + 1/100) = 0.28."""
+    """Noise of a difference: 2 sqrt(0.1^2 + 0.1^2) = 0.28."""
     records = [{"step": step, "reward/score": 0.0, **STEADY} for step in range(1, 11)]
-    return told("ppo", {"before": {"score": before}, "after": {"score": after}}, records)
+    result = {name: {"score": score, "score_standard_error": 0.1} for name, score in (("before", before), ("after", after))}
+    return told("ppo", result, records)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,8 @@ def test_the_reward_without_held_out_prompts():
 
 
 @pytest.mark.parametrize(
-    ("kl", "controller", "level"), [(7, "adaptive", "good"), (13, "adaptive", "warn"), (13, "fixed", "good")]
+    ("kl", "controller", "level"),
+    [(7, "adaptive", "good"), (13, "adaptive", "warn"), (13, "fixed", "good"), (60, "fixed", "warn"), (-60, "fixed", "warn")],
 )
 def test_the_budget_of_kl(kl, controller, level):
     config = {"kl": {"controller": controller, "target": 6.0}}
@@ -60,10 +62,15 @@ def test_warnings_of_the_update(name, values, bad):
     assert [level for level, _ in found] == (["warn"] if bad else [])
 
 
-@pytest.mark.parametrize(("low", "level"), [(0.45, "bad"), (0.55, "good")])
-def test_a_reward_model_against_a_coin(low, level):
-    result = {"eval/accuracy": 0.6, "eval/accuracy_low": low, "eval/accuracy_high": 0.7}
-    assert [found for found, _ in told("rm", result)] == [level]
+@pytest.mark.parametrize(
+    ("low", "high", "level", "text"),
+    [(0.45, 0.7, "bad", "No better than a coin"), (0.55, 0.7, "good", "right on"), (0.05, 0.2, "bad", "exchanged")],
+)
+def test_a_reward_model_against_a_coin(low, high, level, text):
+    result = {"eval/accuracy": (low + high) / 2, "eval/accuracy_low": low, "eval/accuracy_high": high}
+    ((found, said),) = told("rm", result)
+    assert found == level
+    assert text in said
 
 
 def test_length_bias_and_calibration():
@@ -97,9 +104,17 @@ def test_a_change_within_the_noise_is_no_verdict():
     assert "from 2.2 to 2.5; chance alone moves it by 0.6" in said
 
 
-@pytest.mark.parametrize(("losses", "levels"), [((3, 2), ["good"]), ((2, 3), ["bad", "warn"]), ((3, 1, 2), ["good", "warn"])])
+@pytest.mark.parametrize(
+    ("losses", "levels"), [((3, 2), ["good"]), ((2, 3), ["bad", "warn"]), ((3, 1, 2), ["good", "warn"]), ((2, 2), ["warn"])]
+)
 def test_held_out_loss(losses, levels):
     assert [level for level, _ in told("sft", {}, [{"step": n, "eval/loss": loss} for n, loss in enumerate(losses)])] == levels
+
+
+def test_who_has_held_out_rows_is_not_asked_for_them():
+    records = [{"step": step, "loss": 2.0 + step % 2} for step in range(4)]
+    assert "Give data.eval" in told("sft", {}, records)[0][1]
+    assert "Give data.eval" not in told("sft", {}, [*records, {"step": 4, "eval/loss": 2.0}])[0][1]
 
 
 def test_the_worst_of_them():

@@ -84,6 +84,22 @@ def test_what_it_says(capsys):
     assert len(json.loads(capsys.readouterr().out)) == len(ENTRIES)
 
 
+@pytest.mark.parametrize(("asked", "meant"), [("reward/scroe", "reward/score"), ("eval/accurcy", "eval/accuracy")])
+def test_a_misspelt_name_is_no_figure_of_ones_own(asked, meant):
+    with pytest.raises(UsageError, match=f"did you mean {meant}"):
+        explained(asked)
+    assert "*" in explained("eval/politeness").name
+
+
+def test_a_check_of_a_copied_recipe_fails_without_a_table():
+    from rlhf.training.invariants import Checks
+
+    checks = Checks()
+    checks.expect("mine", False, 1, "it is 0")
+    with pytest.raises(CheckFailed, match="mine: measured 1; it should be that it is 0"):
+        checks.require()
+
+
 def test_a_failed_check_says_what_to_do():
     from rlhf.training.invariants import Checks
 

@@ -79,6 +79,41 @@ def test_what_is_no_run_stays(name: str) -> None:
     assert sorted(Path().rglob("*")) == before
 
 
+def test_one_named_like_a_part_of_a_run_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ppo").rename("critic")
+    assert ("critic", "done") in listed(capsys)
+    with pytest.raises(DataError, match=r"made from it: .*critic"):
+        run(["rm", "sft"])
+
+
+def test_the_one_that_stands_in_it_is_gone_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("ppo")
+    told(capsys, "rm", ".")
+    monkeypatch.chdir("..")
+    assert not Path("ppo").exists()
+
+
+def test_a_killed_one_and_one_that_never_began_are_listed_so(capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, status = (json.loads(Path("ppo", name).read_text()) for name in ("run.json", "status.json"))
+    Path("ppo/run.json").write_text(json.dumps(manifest | {"finished": None}))
+    Path("ppo/status.json").write_text(json.dumps(status | {"state": "running"}))
+    Path("early").mkdir()
+    Path("early/status.json").write_text(json.dumps(status | {"state": "failed"}))
+    Path("status.json").write_text("[]")  # of some other tool
+    assert listed(capsys, "--state", "failed") == [("early", "failed")]
+    assert listed(capsys, "--state", "killed") == [("ppo", "killed")]
+    with run_lock(Path("ppo")):
+        assert listed(capsys, "--state", "running") == [("ppo", "running")]
+
+
+def test_a_place_is_never_cut_short_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a-run-of-a-rather-long-name" * 5
+    Path("ppo").rename(name)
+    assert name in told(capsys, "list", ".")
+
+
 def test_a_run_that_holds_another_stays() -> None:
     Path("ppo").rename("sft/ppo")
     with pytest.raises(DataError, match="holds another run"):

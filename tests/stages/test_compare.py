@@ -57,6 +57,27 @@ def test_a_metric_that_was_changed_is_found_at_its_step(runs, tmp_path, capsys):
     assert (code, found["first"]["name"], found["made_of"]) == (1, "step 3: loss", [])
 
 
+def test_the_same_run_of_parents_elsewhere_is_equal(runs, world, tmp_path, capsys):
+    """A second stage, which reads the first one's model by another path."""
+    for name in ("a", "b"):
+        words = [word for word in flags("sft", world, tmp_path / name, schedule__length=2) if not word.startswith("--model=")]
+        words.append(f"--model={runs / name}")
+        assert run("sft", words, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    code, found = compare(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert (code, found["made_of"]) == (0, [])
+
+
+def test_an_evaluation_that_only_one_has_is_named(runs, tmp_path, capsys):
+    shutil.copytree(runs / "a", tmp_path / "c")
+    file = tmp_path / "c" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    at = next(place for place, line in enumerate(lines) if line["step"] == 2 and "tokens" in line)
+    lines.insert(at + 1, {"step": 2, "eval/loss": 1.0})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, found = compare(runs / "a", tmp_path / "c", capsys=capsys)
+    assert (code, found["first"]) == (1, {"name": "step 2: evaluation", "one": "none", "other": "recorded"})
+
+
 def test_a_shorter_run_is_said_to_be_one(runs, capsys):
     code, found = compare(runs / "a", runs / "short", capsys=capsys)
     assert (code, found["steps"]) == (1, [4, 2])

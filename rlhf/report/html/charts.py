@@ -78,7 +78,7 @@ def _chart(
         title,
         note,
         lines,
-        [Tick(across(x), f"{x:.4g}") for x in x_axis],
+        [Tick(across(x), f"{x:,g}") for x in x_axis],
         [Tick(up(y), f"{y:.3g}") for y in y_axis],
         names=list(drawn),
         limit=None if limit is None else up(limit),

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.schema import STAGES
 from rlhf.errors import DataError, without_secrets
 from rlhf.report.html import charts
 from rlhf.report.html.panels import NOT_DRAWN, PANELS
 from rlhf.report.html.verdict import Finding, Level, ending, findings, kl_budget, series, warned, worst
 from rlhf.report.records import NOTES, Records
 from rlhf.runs.lineage import Node, chain
-from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, read_manifest, read_status, seconds
+from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, is_run, read_manifest, read_status, seconds, standing
 
-STAGES = ("sft", "rm", "dpo", "kto", "ppo", "grpo")
 MOST_PROMPTS = 20
 PICTURE_BYTES = 4 << 20
 
@@ -60,7 +60,7 @@ def find_runs(place: Path) -> list[Path]:
     """
     if (place / MANIFEST).is_file() or (place / STATUS).is_file():
         return [place]
-    started = {file.parent: read_manifest(file.parent) for file in place.glob(f"*/{MANIFEST}")}
+    started = {file.parent: read_manifest(file.parent) for file in place.glob(f"*/{MANIFEST}") if is_run(file.parent)}
     runs = {run: manifest["started"] for run, manifest in started.items() if manifest["stage"] in STAGES}
     # a stage that failed before there was anything to record: without it the page of its pipeline would be all green
     for file in place.glob(f"*/{STATUS}"):
@@ -77,7 +77,7 @@ def gather(run: Path) -> RunPage:
     stage = manifest.get("stage", run.resolve().name)  # of a pipeline, a directory is called as its stage
     config, result = manifest.get("config", {}), manifest.get("result", {})
     finished = manifest.get("finished") is not None
-    state = "done" if finished else status.get("state", "unknown")
+    state = standing(run, manifest)
     metrics = Records(run / "metrics.jsonl").read()
     samples = _samples(Records(run / "samples.jsonl").read())
     lineage = chain(run) if manifest else ()
@@ -216,13 +216,19 @@ def _pictures(run: Path) -> list[tuple[str, str]]:
 
 
 def _command(manifest: dict[str, Any]) -> str:
-    """As it was given; a recipe of ours by its word, a copy of it as the Python file that it is."""
+    """As it was given, a flag a line; a recipe of ours by its word, a copy of it as the Python file that it is."""
     words = [str(word) for word in manifest.get("command", [])]
     if not words:
         return ""
-    stage, script = manifest["stage"], Path(words[0])
-    ours = script.name == f"{stage}.py" and script.parent.name in ("stages", "_stages")
-    processes = manifest.get("world_size", 1)
-    spread = ["--nproc", str(processes)] if ours and processes > 1 and "--nproc" not in words else []
-    first = shlex.join(["rlhf", stage] if ours else ["python", words[0]])
-    return without_secrets(" \\\n  ".join([first, *map(shlex.quote, [*words[1:], *spread])]))
+    stage, script, processes = manifest["stage"], Path(words[0]), manifest.get("world_size", 1)
+    if script.name == f"{stage}.py" and script.parent.name in ("stages", "_stages"):
+        first, launch = ["rlhf", stage], shlex.split(manifest.get("launch", ""))
+    else:
+        first = ["accelerate", "launch", f"--num_processes={processes}", words[0]] if processes > 1 else ["python", words[0]]
+        launch = []
+    lines: list[list[str]] = [first]
+    for word in (*words[1:], *launch):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return without_secrets(" \\\n  ".join(map(shlex.join, lines)))

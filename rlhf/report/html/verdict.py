@@ -13,11 +13,13 @@ ORDER: tuple[Level, ...] = ("good", "warn", "bad")
 
 MANY_CLIPPED = 0.3
 """Share of tokens whose ratio left the clip range; above it most of a minibatch's gradient may be gone."""
-FEW_ENDED = 0.5
+FEW_ENDED = 0.8
 ENTROPY_LEFT = 0.1
 """Of what it was in the first iterations; below it the policy says one thing only."""
-LENGTH_CORRELATION = 0.5
+LENGTH_CORRELATION = 0.3
 CALIBRATION_ERROR = 0.1
+HIGH_KL = 50.0
+"""Nats a reply; beyond it a policy is another model, whose rewards mostly say what the reward model overlooks."""
 WARNING = "warning: "
 """How a note begins that is one."""
 
@@ -74,21 +76,22 @@ def _number(value: Any) -> bool:
 
 
 def _reward(result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
-    """A rise counts where it is more than two standard errors of a batch's mean score."""
+    """A rise counts where it is more than two standard errors of the difference of the means."""
     before, after = (result.get(name, {}).get("score") for name in ("before", "after"))
+    variances = [result.get(name, {}).get("score_standard_error", 0.0) ** 2 for name in ("before", "after")]
     where = "on held-out prompts"
-    trained = [record for record in metrics if _number(record.get("reward/score"))]
     if before is None or after is None:
+        trained = [record for record in metrics if _number(record.get("reward/score"))]
         if len(trained) < 2:
             return []
         end = max(1, len(trained) // 5)
         before, after = (sum(series(part, "reward/score")) / len(part) for part in (trained[:end], trained[-end:]))
         where = "on the prompts trained on, first against last iterations"
-    variances = [
-        record["reward/score_std"] ** 2 / record["rollout/count"]
-        for record in (trained[:1] + trained[-1:])
-        if _number(record.get("reward/score_std")) and record.get("rollout/count")
-    ]
+        variances = [
+            record["reward/score_std"] ** 2 / record["rollout/count"] / end
+            for record in (trained[:1] + trained[-1:])
+            if _number(record.get("reward/score_std")) and record.get("rollout/count")
+        ]
     noise, told = 2 * math.sqrt(sum(variances)), f"from {before:.3g} to {after:.3g} {where}"
     if after - before > noise:
         return [Finding("good", f"The reward rose {told}.")]
@@ -102,6 +105,12 @@ def _kl(config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
     if not kl:
         return []
     told, budget = f"{kl[-1]:.3g} nats a reply at the end, {max(kl):.3g} at most", kl_budget(config)
+    if kl[-1] < -HIGH_KL:
+        return [
+            Finding("warn", f"KL from the reference: {told}. It cannot be negative: log-probabilities are wrong somewhere.")
+        ]
+    if budget is None and max(kl) > HIGH_KL:
+        return [Finding("warn", f"KL from the reference: {told}, which is far. Read the replies; kl.coef holds it back.")]
     if budget is None:
         return [Finding("good", f"KL from the reference: {told}. No budget was set (kl.controller is fixed).")]
     if max(kl) > 2 * budget:
@@ -136,6 +145,8 @@ def _accuracy(result: dict[str, Any]) -> list[Finding]:
         return []
     of = next((f"{result[name]} held-out {what}" for what in ("pairs", "replies") if (name := f"eval/{what}") in result), "")
     told = f"right on {accuracy:.1%} of {of or 'what was held out'} (95%: {low:.1%} to {high:.1%})"
+    if high < 0.5:
+        return [Finding("bad", f"It prefers what was rejected, so labels may be exchanged: {told}.")]
     found = [Finding("good", f"It is {told}.") if low > 0.5 else Finding("bad", f"No better than a coin: {told}.")]
     longer, correlation, error = (result.get(f"eval/{n}") for n in ("longer_wins", "length_correlation", "calibration_error"))
     if longer is not None and longer >= low:
@@ -160,8 +171,9 @@ def _by_length(result: dict[str, Any]) -> str:
 
 def _loss(metrics: list[dict[str, Any]]) -> list[Finding]:
     if len(held_out := series(metrics, "eval/loss")) > 1:
-        fell = held_out[-1] < held_out[0]
-        found = [Finding("good" if fell else "bad", f"The held-out loss went from {held_out[0]:.4g} to {held_out[-1]:.4g}.")]
+        moved = held_out[-1] - held_out[0]
+        level: Level = "good" if moved < 0 else "bad" if moved > 0 else "warn"
+        found = [Finding(level, f"The held-out loss went from {held_out[0]:.4g} to {held_out[-1]:.4g}.")]
         if held_out[-1] > 1.05 * min(held_out):
             found.append(Finding("warn", f"It was {min(held_out):.4g} before: the run overfits."))
         return found
@@ -171,7 +183,8 @@ def _loss(metrics: list[dict[str, Any]]) -> list[Finding]:
     first, last, noise = _late(loss[::-1]), _late(loss), _noise(loss)
     told = f"The training loss went from {first:.4g} to {last:.4g}"
     if abs(last - first) <= noise:
-        return [Finding("warn", f"{told}; chance alone moves it by {noise:.2g}. Give data.eval, or train longer.")]
+        advice = "Train longer." if held_out else "Give data.eval, or train longer."
+        return [Finding("warn", f"{told}; chance alone moves it by {noise:.2g}. {advice}")]
     return [Finding("good" if last < first else "bad", f"{told}.")]
 
 

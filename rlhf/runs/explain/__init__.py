@@ -18,11 +18,14 @@ ALIASES = {
     "eval/kl": "kl/sequence",
     "eval/length": "rollout/length",
     "eval/ended": "rollout/ended",
-    "value/error_sq": "value/loss",
 }
 """Metrics that are read as another one is."""
 FORMS = [entry for entry in ENTRIES if "*" in entry.name]
 """In the order in which they are tried."""
+
+
+MISSPELT = 0.85
+"""How like a known name, by difflib's ratio, another one is no name of the user's own but a mistake."""
 
 
 def found(name: str) -> Entry | None:
@@ -40,8 +43,13 @@ def explained(name: str) -> Entry:
         UsageError: there is none; the nearest names are told.
     """
     names = {known.lower(): known for known in (*BY_NAME, *ALIASES)}
-    asked = names.get(name.lower(), name)
-    if entry := found(asked):
+    asked = names.get(name.lower(), name.lower())
+    entry = found(asked)
+    if entry and "*" in entry.name and (close := get_close_matches(asked, names, n=1, cutoff=MISSPELT)):
+        raise UsageError(
+            f"nothing is called {name!r}; did you mean {names[close[0]]}? What has a name of your own: {entry.name}"
+        )
+    if entry:
         return entry
     ending = [known for known in BY_NAME if known.endswith(f"/{asked}")]
     if len(ending) == 1:

@@ -184,6 +184,14 @@ POLICY_METRICS = (
         "normalise the reward, widen or turn off ppo.value_clip, change optimizer.critic_lr",
     ),
     Entry(
+        "value/error_sq",
+        "squared error of the value, not clipped, a mean over tokens, in squared units of the return",
+        "falls at first",
+        "rising: the critic does not follow the returns",
+        ("critic_lr is too high", "the scale of rewards changes", "replies are of another kind than the critic has seen"),
+        "normalise the reward; change optimizer.critic_lr",
+    ),
+    Entry(
         "value/clip_fraction",
         "part of the tokens whose value moved by more than value_clip in the update, 0 to 1",
         "below 0.5",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.report.records import Records
+from rlhf.runs.lineage import fingerprint, flat
 from rlhf.runs.manifest import read_manifest
 
-ABOUT = ("stage", "seed", "world_size", "threads", "engine", "device", "tokenizer", "template")
+Lines = dict[tuple[int, bool], dict[str, Any]]
+
+ABOUT = ("stage", "tokenizer", "template")
+"""Of run.json, beside what a run that goes on must share (lineage.fingerprint)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Difference:
 @dataclass(frozen=True)
 class RunComparison:
     made_of: list[Difference]
-    """Config fields by dotted name, inputs by digest, versions, machine; where output goes aside."""
+    """Config fields by dotted name, inputs by content, versions, machine; what says where and how often to write aside."""
     first: Difference | None
     """The metric that differs first, as `step N: NAME`; None where all that both have is equal to the bit."""
     steps: tuple[int, int]
@@ -43,8 +47,8 @@ def compare_runs(one: Path, other: Path) -> RunComparison:
     lines = _metrics(one), _metrics(other)
     made_of = differences_of(*(dict(_made_of(manifest)) for manifest in manifests))
     first = next(_parting(*lines), None)
-    result = differences_of(*(dict(flattened(manifest["result"])) for manifest in manifests))
-    last = [max((line["step"] for line in of), default=0) for of in lines]
+    result = differences_of(*(flat(manifest["result"]) for manifest in manifests))
+    last = [max((step for step, _ in of), default=0) for of in lines]
     return RunComparison(made_of, first, (last[0], last[1]), result)
 
 
@@ -53,33 +57,27 @@ def differences_of(one: dict[str, Any], other: dict[str, Any]) -> list[Differenc
     return [Difference(name, one.get(name), other.get(name)) for name in one | other if one.get(name) != other.get(name)]
 
 
-def flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in a tree of dicts."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            yield from flattened(below, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
 def _made_of(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((name, manifest[name]) for name in ABOUT if name in manifest)
-    yield from ((name, value) for name, value in flattened(manifest["config"]) if name != "output")
-    yield from ((f"versions.{name}", version) for name, version in manifest["versions"].items())
-    # An input is its bytes: by another path it is the same one.
-    yield from ((f"inputs.{name}", given.get("digest", given)) for name, given in manifest["inputs"].items())
+    yield from fingerprint(manifest).items()
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Without what depends on the clock."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    lines = (json.loads(line) for line in file.read_bytes().split(b"\n")[:-1])
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+def _metrics(run: Path) -> Lines:
+    """Each line by its step and by whether it is of an evaluation, without what depends on the clock."""
+    return {
+        (line["step"], "tokens" not in line): {name: value for name, value in line.items() if not name.startswith("time/")}
+        for line in Records(run / "metrics.jsonl").read()
+    }
 
 
-def _parting(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterator[Difference]:
-    for mine, theirs in zip(one, other, strict=False):
-        for found in differences_of(mine, theirs):
-            yield Difference(f"step {mine['step']}: {found.name}", found.one, found.other)
+def _parting(one: Lines, other: Lines) -> Iterator[Difference]:
+    """In the steps that both have."""
+    last = min(max((step for step, _ in lines), default=-1) for lines in (one, other))
+    for step, evaluated in sorted(key for key in one | other if key[0] <= last):
+        mine, theirs = (lines.get((step, evaluated)) for lines in (one, other))
+        if mine is None or theirs is None:
+            there = ["none" if line is None else "recorded" for line in (mine, theirs)]
+            yield Difference(f"step {step}: {'evaluation' if evaluated else 'metrics'}", *there)
+        else:
+            for found in differences_of(mine, theirs):
+                yield Difference(f"step {step}: {found.name}", found.one, found.other)
