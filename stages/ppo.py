@@ -46,6 +46,7 @@ from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
+from rlhf.training.alarms import AlarmWatch
 from rlhf.training.collection import Collection, read_prompts
 from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
@@ -87,6 +88,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
+        watch = AlarmWatch(train, config, roles.tokenizer)
         followers = Followers(train, config, roles)
         mix = PretrainingMix(train, config.ptx, roles, config.micro_batch_size)
         rollout = config.rollout
@@ -105,6 +107,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         for step in train.steps():
             if held_out and step == 0:
                 train.result["before"] = collect.evaluation(0)
+                watch.look_at_evaluation(0, train.result["before"])
             checks = invariants.Checks()
 
             # 1, 2: what the old policy did, and how good it was
@@ -168,9 +171,10 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
             with train.phase("rollout"):
                 ahead.finish()
             engine.sync(policy, version=step + 1)
-            train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            values = train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            watch.look(step, values, experience, asked)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
-                collect.evaluation(step + 1)
+                watch.look_at_evaluation(step + 1, collect.evaluation(step + 1))
 
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:

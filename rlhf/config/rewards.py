@@ -15,7 +15,10 @@ VERIFIERS = ("exact", "numeric", "regex")
 ONLY = "reward"
 """The name of the source where there is one."""
 
-TAKEN = ("score", "score_std", "shaped", "masked", "disagreement", "same_scores", "length", "ended", "kl")
+TAKEN = (
+    *("score", "score_std", "shaped", "masked", "disagreement", "same_scores", "length_correlation"),
+    *("length", "ended", "kl"),
+)
 """Metrics of every run, beside those that bear the names of sources."""
 
 Kind = Literal["model", "count", "verifier", "function", "service"]
