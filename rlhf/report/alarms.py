@@ -203,7 +203,7 @@ class Bell:
     quiet: dict[str, int] = field(default_factory=dict)
     """Alarm -> iterations since there was no cause for it."""
 
-    WORSE = 1.5
+    WORSE = 2.0
     """As a factor of severity. About what medians of a few iterations move by themselves at most."""
 
     def rings(self, found: Mapping[str, Signal], among: Sequence[str]) -> dict[str, Signal]:

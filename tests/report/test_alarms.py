@@ -129,12 +129,12 @@ def test_gold(evaluations, alarm):
 
 def test_once_and_again_where_it_is_worse_or_had_gone():
     bell, said = Bell(window=2), []
-    severities = [1.0, 1.2, 1.4, 1.6, 1.6, None, 1.5, None, None, 1.0]
+    severities = [1.0, 1.5, 1.9, 2.1, 2.1, None, 2.0, None, None, 1.0]
     for step, severity in enumerate(severities):
         found = {} if severity is None else {"KL budget": Signal(severity, "")}
         if bell.rings(found, ["KL budget"]):
             said.append(step)
-    # 1.6 is more than 1.5 times 1.0; one quiet iteration is no end of it, two are
+    # 2.1 is more than twice 1.0; one quiet iteration is no end of it, two are
     assert said == [0, 3, 9]
 
 
