@@ -47,7 +47,7 @@ from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
 from rlhf.training.alarms import AlarmWatch
-from rlhf.training.collection import Collection, read_prompts
+from rlhf.training.collection import Collection, judge_reward, read_prompts
 from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
@@ -84,6 +84,8 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
+        if config.reward.pairs and config.reward.gate:
+            judge_reward(train, config, readers, reward, template)
         prompts, held_out = read_prompts(train, config, roles, template, [*readers.values()], scorers)
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)

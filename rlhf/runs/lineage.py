@@ -35,6 +35,7 @@ INPUT_FIELDS = {
     "data.eval": "data.eval",
     "data.ptx": "ptx.file",
     "data.reference": "data.reference",
+    "data.pairs": "reward.pairs",
     "replay": "rollout.replay",
 }
 """Input name -> config field, for the stages that have it."""

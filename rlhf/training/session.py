@@ -174,6 +174,10 @@ class Training:
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises DataError where a run in progress was begun with another one: a model may have only a name."""
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            self.note(
+                f"pad and end are one token, {tokenizer.eos_token!r}: masks tell them apart, not ids, so ends are learned"
+            )
         now = tokenizer_digests(tokenizer)
         changes = differences({name: self.manifest.get(name, digest) for name, digest in now.items()}, now)
         if changes and not self.resume.allow_inexact:
