@@ -110,6 +110,12 @@ class Locked(RlhfError):
     exit_code = 75
 
 
+class Paused(RlhfError):
+    """An alarm asked the run to stop; its state is saved and the same command goes on from there."""
+
+    exit_code = 76
+
+
 class ConfigError(RlhfError):
     """The configuration is wrong; the message lists every mistake, one a line."""
 

@@ -47,7 +47,8 @@ from rlhf.rollout.scoring import in_places_of
 from rlhf.rollout.watched import found_again, watched
 from rlhf.runs.gate import reward_gate
 from rlhf.training import invariants
-from rlhf.training.collection import Collection, read_prompts
+from rlhf.training.alarms import AlarmWatch
+from rlhf.training.collection import Collection, judge_reward, read_prompts
 from rlhf.training.entry import run_stage
 from rlhf.training.followers import Followers
 from rlhf.training.losses import actor_loss
@@ -76,10 +77,13 @@ def main(invocation: Invocation) -> None:
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
+        if config.reward.pairs and config.reward.gate:
+            judge_reward(train, config, readers, reward, template)
         prompts, held_out = read_prompts(train, config, roles, template, [*readers.values()], scorers)
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
         train.remember(running=running, kl=kl, ahead=ahead)
+        watch = AlarmWatch(train, config, roles.tokenizer)
         followers = Followers(train, config, roles)
         mix = PretrainingMix(train, config.ptx, roles, config.micro_batch_size)
         batches = Batches(len(prompts), rollout.batch_size, train.seed("data"), config.schedule)
@@ -98,6 +102,7 @@ def main(invocation: Invocation) -> None:
         for step in train.steps():
             if held_out and step == 0:
                 train.result["before"] = collect.evaluation(0)
+                watch.look_at_evaluation(0, train.result["before"])
             checks = invariants.Checks()
 
             # 1: a prompt whose replies all score the same gives way to one of other prompts, a few times at most
@@ -169,9 +174,10 @@ def main(invocation: Invocation) -> None:
             with train.phase("rollout"):
                 ahead.finish()
             engine.sync(policy, version=step + 1)
-            train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            values = train.report(step, sum(map(len, experience.prompts)) + int(experience.mask.sum()), SHOW)
+            watch.look(step, values, experience, rows)
             if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
-                collect.evaluation(step + 1)
+                watch.look_at_evaluation(step + 1, collect.evaluation(step + 1))
 
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:

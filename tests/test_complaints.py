@@ -27,6 +27,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "stages/test_unit_test_mode.py::a_planted_fault_is_named",
     ),
     "3 the end token is the pad token": (
+        "faults/test_planted_faults.py::2_pad_is_eos",
         "faults/test_tokenizers.py::eos_is_learned_where_it_is_pad",
         "functional/test_masked.py::e2_score_position_when_the_text_holds_the_pad_id",
         "data/test_templates.py::f5_only_replies_and_their_eos_are_trained",
@@ -47,6 +48,8 @@ GUARDS: dict[str, tuple[str, ...]] = {
     ),
     "7 KL negative or exploding": (
         "functional/test_ppo.py::c5_mixed_temperatures_fail_the_first_minibatch",
+        "faults/test_planted_faults.py::5_another_temperature",
+        "report/test_alarms.py::the_budget_of_kl",
         "models/test_load_save.py::e7_dropout_is_off",
         "stages/test_edges.py::the_reference_is_the_actor_to_the_bit_at_any_shape",
     ),
@@ -61,11 +64,16 @@ GUARDS: dict[str, tuple[str, ...]] = {
         "functional/test_masked.py::b3_whitened_over_all_ranks",
     ),
     "10 reward rises, text degrades": (
+        "report/test_alarms.py::*",
+        "stages/test_alarms.py::it_is_said_with_a_reply_and_recorded",
+        "stages/test_alarms.py::what_should_rise_with_the_reward_and_falls",
         "report/test_verdict.py::*",
         "stages/test_reward_models.py::figures_by_hand",
     ),
     "11 a reward model no better than a coin": (
         "stages/test_reward_models.py::ppo_wants_a_reward_model_that_is_better_than_a_coin",
+        "faults/test_planted_faults.py::10_shuffled_labels",
+        "faults/test_planted_faults.py::6_a_reward_function_whose_sign_is_turned",
     ),
     "12 garbage from a fast engine": (
         "training/test_parity.py::another_token_is_named_with_both_logprobs",
@@ -84,6 +92,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "15 the critic starts badly": (
         "stages/test_stages.py::critic_warm_up_leaves_the_actor_as_it_was",
         "functional/test_ppo.py::explained_variance_known_cases",
+        "report/test_alarms.py::what_is_compared_with_the_start",
         "models/test_load_save.py::transformers_scores_our_critic_as_we_do",
     ),
     "16 a failed reward is 0": (
@@ -172,6 +181,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "35 what metrics mean": (
         "stages/test_explained.py::every_metric_is_explained",
         "runs/test_explain.py::every_check_is_explained",
+        "report/test_alarms.py::every_alarm_is_explained",
     ),
     "36 samples not visible": ("report/test_page.py::*",),
     "37 trackers lose metrics": (

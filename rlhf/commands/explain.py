@@ -1,4 +1,4 @@
-"""`rlhf explain`: a metric, a self-check or an exit code in plain words."""
+"""`rlhf explain`: a metric, a self-check, an alarm or an exit code in plain words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rlhf.config.arguments import Parser
 USAGE = """\
 rlhf explain [NAME] [--json]
 
-  NAME   a metric of metrics.jsonl (kl/sequence, or sequence where only one ends so), a self-check ('first ratio') or an exit
-         code (71). Without it, every name there is.
+  NAME   a metric of metrics.jsonl (kl/sequence, or sequence where only one ends so), a self-check ('first ratio'), an alarm
+         ('KL budget') or an exit code (71). Without it, every name there is.
 
   What it is and in which unit, what is healthy, what it means where it is not, the three likeliest causes in order, and what
   to do. A NAME with * in the list stands for all of that form: reward/* for the sources of a combined reward."""
@@ -41,6 +41,6 @@ def run(argv: list[str]) -> int:
         print(json.dumps({"asked": given.name} | asdict(entry), indent=2))
         return 0
     about = entry.name if entry.name == given.name else f"{given.name} (as {entry.name})"
-    print("\n".join([f"{about}, a{'n' if entry.kind[0] == 'e' else ''} {entry.kind}", f"it is: {entry.what}"]))
+    print("\n".join([f"{about}, a{'n' if entry.kind[0] in 'ae' else ''} {entry.kind}", f"it is: {entry.what}"]))
     print("\n".join([f"healthy: {entry.healthy}", *why_and_what(entry)]))
     return 0

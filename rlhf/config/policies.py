@@ -221,3 +221,26 @@ class Grpo(PolicyUpdate):
 class Groups(Rollout):
     samples_per_prompt: Count = 8
     """Replies to each prompt."""
+
+
+class Alarms(Section):
+    action: Literal["note", "pause", "none"] = "note"
+    """When a figure says that the policy goes wrong: log it with a reply and go on; also save and stop (exit 76), to go on with
+    the same command; or say nothing. What was said is in alarms.jsonl (docs/explain.md)."""
+    window: Count = 5
+    """Iterations whose median counts: the first of the run, and the latest. What compares them waits until they are apart."""
+    kl_budget: Positive | None = None
+    """KL from the reference that is too much, in nats a reply; none: twice `kl.target` with the adaptive controller, else half
+    a nat for each token of the mean reply."""
+    entropy_left: Fraction = 0.1
+    """Part of the entropy at the start below which the policy says one thing only."""
+    ended_left: Fraction = 0.5
+    """Part of the share of replies that ended at the start below which replies no longer end."""
+    length_growth: Annotated[float, Field(gt=1)] = 1.5
+    """Growth of the mean length, as a factor, that is too much where longer replies score higher."""
+    repeated: Fraction = 0.2
+    """Rise of the share of 4-grams that a reply has had before, above what it was at the start."""
+    distinct_left: Fraction = 0.25
+    """Part of the share of distinct 2-grams at the start below which all replies are alike."""
+    gold: str | None = None
+    """A metric of `eval.scorers` that should rise with the reward; none: nothing is compared with it."""

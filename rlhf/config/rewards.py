@@ -15,7 +15,10 @@ VERIFIERS = ("exact", "numeric", "regex")
 ONLY = "reward"
 """The name of the source where there is one."""
 
-TAKEN = ("score", "score_std", "shaped", "masked", "disagreement", "same_scores", "length", "ended", "kl")
+TAKEN = (
+    *("score", "score_std", "shaped", "masked", "disagreement", "same_scores", "length_correlation"),
+    *("length", "ended", "kl"),
+)
 """Metrics of every run, beside those that bear the names of sources."""
 
 Kind = Literal["model", "count", "verifier", "function", "service"]
@@ -91,7 +94,11 @@ class Reward(RewardSource):
     allow_private: bool = False
     """Let a service be on this machine or in a private network."""
     gate: bool = True
-    """Refuse a reward model of an RM run whose held-out accuracy is not above chance: its 95% interval reaches 0.5."""
+    """Refuse a reward model of an RM run whose held-out accuracy is not above chance: its 95% interval reaches 0.5; and any
+    reward that prefers the worse replies of `pairs`."""
+    pairs: Place | None = None
+    """Rows of prompt, chosen, rejected (and columns that the sources ask for): before anything is learned, the reward is asked
+    which reply it prefers in the first 256. None: it is taken at its word."""
     allow_hosts: tuple[str, ...] = ()
     """The only hosts that a service may be on; empty: any."""
     normalize: Literal["none", "running"] = "none"

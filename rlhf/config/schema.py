@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.policies import (
+    Alarms,
     Evaluation,
     Groups,
     Grpo,
@@ -225,6 +226,7 @@ class PolicyStage(Stage):
     """Decay, per iteration, of a moving average of the actor's weights, which becomes a second result, `ema/`; 0: none."""
     frozen_cache: FrozenCache = FrozenCache()
     eval: Evaluation = Evaluation()
+    alarms: Alarms = Alarms()
     micro_batch_size: Count = 8
     """Replies per forward pass of one process, in scoring and update alike."""
     schedule: PolicySchedule = PolicySchedule()
@@ -273,6 +275,8 @@ class PolicyStage(Stage):
             )
         if self.rollout.record and self.fp8.probe.fallback:
             raise ValueError("rollout.record must be false with fp8.probe.fallback, which may go on from other rollouts")
+        if self.alarms.gold and not (self.eval.scorers and self.eval.every and self.data.eval):
+            raise ValueError("alarms.gold needs data.eval, eval.every and eval.scorers, one of which gives that metric")
         if self.rollout.replay == self.output:
             raise ValueError("rollout.replay must be another run than output")
         return self

@@ -145,7 +145,14 @@ def sft_examples(path: str, config: TextReading, template: Template) -> Examples
     dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
     lost = config.json_key is not None and limit.hit and config.too_long != "split"
     advice = ["data.too_long: split would use long documents whole"] if lost else []
-    return _done(path, examples, rows, limit.notes() + advice + dropped)
+    return _done(path, examples, rows, limit.notes() + advice + dropped + _no_ends(examples, template.stop_ids))
+
+
+def _no_ends(examples: Sequence[SftExample], stop_ids: Sequence[int]) -> list[str]:
+    """That no row teaches the end of a reply, where that is so."""
+    if any(t and i in stop_ids for row in examples for i, t in zip(row.ids, row.trained, strict=True)):
+        return []
+    return ["warning: the end token is trained in none of the rows: a model made of them never ends its replies"]
 
 
 def pair_examples(path: str, config: Reading, template: Template) -> Examples[PairExample]:
@@ -258,7 +265,7 @@ def prompt_examples(
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
             examples.append(PromptExample(index, ids[-config.max_length :], row))
-    return _done(path, examples, rows, limit.notes())
+    return _done(path, examples, rows, limit.notes(" at the start: the policy does not see the beginning of these prompts"))
 
 
 def sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
@@ -351,7 +358,8 @@ class _LengthLimit:
             self.made += len(parts)
         return parts
 
-    def notes(self) -> list[str]:
+    def notes(self, where: str = "") -> list[str]:
+        """`where`: the place at which a row is cut, if that needs saying."""
         if not self.hit:
             return []
         if self.rule == "split":
@@ -363,4 +371,4 @@ class _LengthLimit:
             if self.crowded
             else ""
         )
-        return [f"{self.hit} rows longer than {self.limit} tokens truncated{crowded}"]
+        return [f"{self.hit} rows longer than {self.limit} tokens truncated{where}{crowded}"]

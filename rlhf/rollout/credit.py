@@ -18,6 +18,7 @@ from rlhf.functional.advantages import BASELINES, deviation, gae, same_scores
 from rlhf.functional.kl import k1
 from rlhf.functional.masked import Moments, masked_mean, whiten, zero_outside
 from rlhf.functional.ppo import explained_variance
+from rlhf.functional.preference import correlation
 from rlhf.functional.rewards import (
     apply_missing_eos,
     clip_scores,
@@ -27,6 +28,7 @@ from rlhf.functional.rewards import (
     token_rewards,
 )
 from rlhf.rollout.experience import Experience
+from rlhf.rollout.ngrams import distinct, repeated
 from rlhf.rollout.scoring import Scored
 
 
@@ -129,6 +131,8 @@ def described(experience: Experience, scores: Tensor, config: Reward, kl_coef: f
         "rollout/length": mask.sum(1).double().mean().item(),
         "rollout/ended": experience.finished.double().mean().item(),
         "rollout/count": float(len(experience)),
+        "rollout/repeated": sum(map(repeated, experience.replies)) / len(experience),
+        "rollout/distinct": distinct(experience.replies),
         "policy/entropy": -masked_mean(experience.logprobs, mask).item(),
         "kl/coef": kl_coef,
     }
@@ -169,6 +173,9 @@ def score_stats(experience: Experience, config: Reward) -> dict[str, float]:
     for name, scores in {"score": experience.scores[experience.scored], **of_each}.items():
         if len(scores):
             stats |= {f"reward/{name}": scores.mean().item(), f"reward/{name}_std": scores.std(unbiased=False).item()}
+    if experience.scored.any():
+        scores, lengths = experience.scores[experience.scored].double(), experience.mask.sum(1)[experience.scored].double()
+        stats["reward/length_correlation"] = correlation(scores, lengths).item()
     if config.combine != "sum":
         weights = torch.tensor([config.sources[name].weight for name in experience.components])
         members = torch.stack([*experience.components.values()])[:, experience.scored]

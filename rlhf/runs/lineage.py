@@ -44,6 +44,7 @@ INPUT_FIELDS = {
     "data.eval": "data.eval",
     "data.ptx": "ptx.file",
     "data.reference": "data.reference",
+    "data.pairs": "reward.pairs",
     "replay": "rollout.replay",
 }
 """Input name -> config field, for the stages that have it."""
@@ -52,14 +53,15 @@ SCORERS, SOURCES = "eval.scorers", "reward.sources"
 """A list of functions, each an input by the name `eval.scorers[0]` and so on; and sections, `reward.sources.NAME.source`."""
 
 # Config sections that say where and how often to write and when to stop, not what is computed of finite numbers.
-OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite")
+OUTPUT_FIELDS = ("output", "report", "checkpoint", "max_hours", "non_finite", "alarms")
 KEPT_FIELDS = ("rollout.record",)
 """The same, in a section of other things: a run may go on with its rollouts kept."""
 
 # Fields that say how long to wait for scores and how many to do without, not what they are: a run that gave up may go on.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private", "reward.allow_hosts", "reward.on_failure")
 
-WRITTEN = ("model", "critic", "ema", "checkpoints", "rollouts", "metrics.jsonl", "samples.jsonl", "notes.jsonl", "profile")
+WRITTEN = ("model", "critic", "ema", "checkpoints", "rollouts", "profile")
+WRITTEN += ("metrics.jsonl", "samples.jsonl", "notes.jsonl", "alarms.jsonl")
 """What a run writes, and so replaces, in its directory."""
 
 MACHINE = ("world_size", "threads", "engine", "device")

@@ -5,7 +5,7 @@ Two passes, since a stage may choose among scored replies before any policy is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from rlhf.models.roles import Roles
 from rlhf.rollout.engines import Engine, Samples
 from rlhf.rollout.evaluate import evaluate
 from rlhf.rollout.experience import Experience, concatenate
+from rlhf.rollout.pair_check import judged_on_pairs, verdict_on_pairs
 from rlhf.rollout.readers import Reader, columns_asked, require_answers
 from rlhf.rollout.rewards import CombinedReward
 from rlhf.rollout.sampling import Sampling
@@ -45,6 +46,16 @@ def read_prompts(
     data = config.data
     prompts = read(data.train, readers)
     return prompts, read(data.eval, [*readers, *scorers])[: data.eval_limit] if data.eval else []
+
+
+def judge_reward(
+    train: Training, config: PolicyStage, readers: Mapping[str, Reader], reward: CombinedReward, template: Template
+) -> None:
+    """Says how often the reward prefers the better reply of `reward.pairs`; raises CheckFailed where it prefers the worse."""
+    columns = columns_asked(config.reward, readers.values())
+    found = judged_on_pairs(config.reward, reward, template, columns, config.data.max_line_bytes)
+    right, count = train.gather(found)[0]  # a function may tell each rank something else
+    train.note(verdict_on_pairs(config.reward, right, count))
 
 
 @dataclass(frozen=True)

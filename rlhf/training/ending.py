@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.errors import LostRank, OutOfMemory, Preempted, RlhfError, StorageError, disk_failed
+from rlhf.errors import LostRank, OutOfMemory, Paused, Preempted, RlhfError, StorageError, disk_failed
 from rlhf.runs.lock import existing
 from rlhf.runs.manifest import read_status, write_status
 from rlhf.training.processes import COLLECTIVE_TIMEOUT, GONE_WITHIN_SECONDS, lost, stopped
@@ -59,7 +59,7 @@ def record(train: Training, error: BaseException) -> None:
         return  # a rank that does not see it, and another one that says so
     status = read_status(train.run)
     if status is None or status["state"] == "running":
-        state = "preempted" if isinstance(error, Preempted) else "failed"
+        state = "preempted" if isinstance(error, Preempted | Paused) else "failed"
         reason = str(error).split("\n")[0] or type(error).__name__
         try:
             write_status(train.run, state, reason, exit_code=getattr(error, "exit_code", 70))

@@ -123,12 +123,16 @@ def remarks(experience: Experience, config: PolicyStage) -> list[str]:
             "warning: kl.coef is 0: nothing holds the policy near its reference, and it may leave language for whatever the "
             "reward likes; watch policy/entropy and samples.jsonl"
         )
-    if not experience.finished.any() and config.reward.missing_eos != "none":
-        made = "replaced by" if config.reward.missing_eos == "replace" else "lowered by"
+    if not experience.finished.any():
+        made = {
+            "replace": f"; every score is replaced by reward.missing_eos_value {config.reward.missing_eos_value:g}",
+            "subtract": f"; every score is lowered by reward.missing_eos_value {config.reward.missing_eos_value:g}",
+            "none": "",
+        }[config.reward.missing_eos]
         found.append(
-            f"warning: no reply ended within rollout.max_new_tokens {config.rollout.max_new_tokens}, so every score is {made} "
-            f"reward.missing_eos_value {config.reward.missing_eos_value:g}; allow longer replies, or set reward.missing_eos: "
-            "none"
+            f"warning: no reply ended within rollout.max_new_tokens {config.rollout.max_new_tokens}{made}. Either allow longer "
+            "replies, or the actor never learned its end token: where that is the pad token, too, some trainers mask it, and "
+            "rows that are cut off have none"
         )
     return found
 

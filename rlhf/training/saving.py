@@ -35,7 +35,7 @@ def save(train: Training) -> None:
     tensors = {"model": _on_main(train, weights), "optimizer": _on_main(train, train.engine.optimizer_tensors())}
     tensors |= {name: _on_main(train, weights.named()) for name, weights in train.weights.items()}
     if train.is_main:
-        for records in (train.metrics, train.samples, train.notes):
+        for records in (train.metrics, train.samples, train.notes, train.alarms):
             records.sync()
         if in_fp8 := fp8_state(train.all_models()):
             tensors["fp8"] = in_fp8
@@ -58,7 +58,7 @@ def restore(train: Training) -> dict[str, Tensor]:
         found = checkpoint.at(train.run / CHECKPOINTS, step)
     train.wait_for_main()  # not inside an exchange of tensors, with its shorter deadline
     if train.is_main:
-        for records in (train.metrics, train.samples):
+        for records in (train.metrics, train.samples, train.alarms):
             records.cut(found.step if found else -1)
         train.notes.cut(found.step if found else 0)  # those of step 0 are of the opening, which this start has had as well
     if found is None:

@@ -26,7 +26,7 @@ from rlhf.config.sections import Optimizer, Schedule
 from rlhf.data.examples import Example, Examples
 from rlhf.data.order import seed_of
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import Preempted, without_secrets
+from rlhf.errors import Paused, Preempted, without_secrets
 from rlhf.fp8.apply import described
 from rlhf.fp8.state import advance, forget_weights, fp8_layers
 from rlhf.models.frozen import forget_rows
@@ -83,6 +83,9 @@ class Training:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
         self.notes = Records(self.run / NOTES)
+        self.alarms = Records(self.run / "alarms.jsonl")
+        self.pause_for = ""
+        """Why the run is to be saved and stopped when the step at hand is done, on every rank; empty: it is not."""
         self.manifest: dict[str, Any] = {}
         self.non_finite = NonFinite(self)
         self.weights: dict[str, Weights] = {}
@@ -172,6 +175,10 @@ class Training:
 
     def record_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises DataError where a run in progress was begun with another one: a model may have only a name."""
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            self.note(
+                f"pad and end are one token, {tokenizer.eos_token!r}: masks tell them apart, not ids, so ends are learned"
+            )
         now = tokenizer_digests(tokenizer)
         changes = differences({name: self.manifest.get(name, digest) for name, digest in now.items()}, now)
         if changes and not self.resume.allow_inexact:
@@ -189,12 +196,14 @@ class Training:
         while self.progress() < 1:
             if span.is_due(self):
                 yield from span.probed_span(self)
+                self._pause_if_asked()
                 continue
             yield from self.one_step()
             signal_number = self._agree_to_stop()
             every = self.config.checkpoint.every
-            if signal_number or (every and self.step_done % every == 0):
+            if signal_number or self.pause_for or (every and self.step_done % every == 0):
                 self.save()
+            self._pause_if_asked()
             if signal_number:
                 raise Preempted(signal_number)
         self.profiler.close()
@@ -216,6 +225,11 @@ class Training:
         """Ends the run without saving; its last checkpoint is where it goes on."""
         if signal_number := self._agree_to_stop():
             raise Preempted(signal_number)
+
+    def _pause_if_asked(self) -> None:
+        """Where the run has been saved; one that is over has nothing to pause."""
+        if self.pause_for and self.progress() < 1:
+            raise Paused(self.pause_for)
 
     def progress(self) -> float:
         """Part of the run that is done."""

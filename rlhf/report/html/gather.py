@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config.schema import STAGES
 from rlhf.errors import DataError, without_secrets
+from rlhf.report.alarms import in_words
 from rlhf.report.html import charts
 from rlhf.report.html.panels import NOT_DRAWN, PANELS
 from rlhf.report.html.verdict import Finding, Level, ending, findings, kl_budget, series, warned, worst
@@ -114,6 +115,7 @@ def _warnings(run: Path, manifest: dict[str, Any], lineage: tuple[Node, ...], me
     for node in lineage:
         if node.verdict in ("changed", "missing"):
             found.append(Finding("warn", f"Its {node.name}, {node.path}, is {node.verdict} since."))
+    found += [Finding("warn", words) for words in in_words(Records(run / "alarms.jsonl").read())]
     if (run / "non_finite").is_dir():
         found.append(Finding("warn", f"NaN or infinity was met; the rows are in {run / 'non_finite'}."))
     return found

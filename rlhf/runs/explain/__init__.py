@@ -1,4 +1,4 @@
-"""What a metric, a self-check or an exit code is, what is healthy, and what to do where it is not. Tables are beside."""
+"""What a metric, a self-check, an alarm or an exit code is, what is healthy, and what to do otherwise. Tables are beside."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from rlhf.errors import UsageError
+from rlhf.runs.explain.alarms import ALARMS
 from rlhf.runs.explain.checks import CHECKS
 from rlhf.runs.explain.entry import Entry
 from rlhf.runs.explain.exit_codes import EXIT_CODES
 from rlhf.runs.explain.learning_metrics import LEARNING_METRICS
 from rlhf.runs.explain.policy_metrics import POLICY_METRICS
 
-ENTRIES = (*POLICY_METRICS, *LEARNING_METRICS, *CHECKS, *EXIT_CODES)
+ENTRIES = (*POLICY_METRICS, *LEARNING_METRICS, *CHECKS, *ALARMS, *EXIT_CODES)
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 ALIASES = {
     "eval/kl": "kl/sequence",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["metric", "check", "exit code"]
+Kind = Literal["metric", "check", "alarm", "exit code"]
 
 
 @dataclass(frozen=True)

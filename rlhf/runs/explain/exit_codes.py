@@ -83,6 +83,14 @@ EXIT_CODES = (
         "wait for it, or name another --output",
     ),
     Code(
+        "76",
+        "paused by an alarm (alarms.action: pause)",
+        "only where you asked for it",
+        "a run saved its state after the iteration that raised the alarm",
+        ("the alarm that the message names", "a limit that is too narrow for this task", "an alarm that got worse since"),
+        "read the reply in alarms.jsonl and `rlhf explain` the alarm; the same command goes on",
+    ),
+    Code(
         "78",
         "the config is wrong; the message lists every mistake",
         "never",

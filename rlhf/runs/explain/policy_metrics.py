@@ -56,6 +56,14 @@ POLICY_METRICS = (
         "set grpo.resample, raise rollout.samples_per_prompt, or choose prompts solved sometimes",
     ),
     Entry(
+        "reward/length_correlation",
+        "correlation (Pearson) of score and length over the iteration's replies, -1 to 1; 0 where one of them is constant",
+        "between -0.5 and 0.5, and steady",
+        "above: longer replies score higher, and what is learned may be length",
+        ("the reward model prefers longer replies", "replies that are cut off score low", "the task does need longer replies"),
+        "`rlhf eval` the reward model on pairs; set reward.length_penalty; compare with rollout/length",
+    ),
+    Entry(
         "reward/*_std",
         "standard deviation of the scores of that source of reward, in its own units",
         "clearly above 0",
@@ -239,6 +247,22 @@ POLICY_METRICS = (
         ("max_new_tokens is too small", "the SFT model never learned to end (its EOS was masked or cut off)",
          "longer replies are rewarded"),
         "raise rollout.max_new_tokens; see with `rlhf data preview` that the end is trained; read the samples",
+    ),
+    Entry(
+        "rollout/repeated",
+        "share of 4-grams that a reply has had before (seq-rep-4), a mean over replies, 0 to 1",
+        "below 0.05 for prose",
+        "rising: replies go round in circles, and the reward does not mind",
+        ("the reward counts what can be repeated", "too little KL penalty", "replies do not end and have to be filled"),
+        "read samples.jsonl; raise kl.coef; add a source of reward that sees repetition",
+    ),
+    Entry(
+        "rollout/distinct",
+        "number of different 2-grams in all replies of the iteration, as a part of all 2-grams there, 0 to 1",
+        "falls slowly; its level follows from how many and how long the replies are",
+        "near 0 all prompts get the same reply",
+        ("one phrase scores well everywhere", "the reward does not look at the prompt", "replies got much longer"),
+        "read several replies in samples.jsonl; raise kl.coef",
     ),
     Entry(
         "rollout/count",
