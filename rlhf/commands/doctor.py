@@ -25,6 +25,7 @@ OPTIONAL = {
     "torchao": "fp8.backend torchao",
     "bitsandbytes": "lora.base nf4",
     "gguf": ".gguf models",
+    "llguidance": "json_schema of generate",
     "sentencepiece": "SentencePiece vocabularies",
     "vllm": "a server for rollout.engine vllm",
     "tensorboard": "report.trackers tensorboard",

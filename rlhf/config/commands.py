@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.decoding import Batches, Decoding
 from rlhf.config.sections import Count, Fp8, OneFile, Place, Reading, Section, TextReading
 
 
@@ -41,27 +42,37 @@ class Inference(Section):
 
 
 class PromptFile(Reading, OneFile):
+    file: Place
+    """Rows: a .jsonl, .jsonl.gz, .json or .parquet file, or a .txt file with a prompt on each line."""
     extra_columns: Literal["fail", "ignore"] = "ignore"
     """ignore: columns nobody asked for go along to the replies; fail: they are an error."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Longest prompt, in tokens."""
 
 
-class GenerateConfig(Inference):
+class GenerateConfig(Batches, Inference):
     """Replies of a policy to the prompts of a file, a row for each."""
 
     data: PromptFile
     output: Place
     """The .jsonl file to write: the rows' prompts and other columns, and `response` and `finished` (it ended by itself). With
-    precision `both`, one of each for either: `response_fp32`, `response_fp8`, ..."""
-    max_new_tokens: Count = 128
-    """Longest reply, in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Logits are divided by it; 0: greedy."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """What is sampled follows from it and the row's place in the file, whatever the batch size."""
-    batch_size: Count = 64
-    """Replies sampled at a time; memory and speed only."""
+    several samples a prompt also `sample`, their number. With precision `both`, one of each for either: `response_fp32`,
+    `response_fp8`, ..."""
+
+
+class ChatConfig(Decoding, Inference):
+    """Talk to a policy: a line is a message. /reset begins anew, /system TEXT says who it is, /quit ends."""
+
+    system: str | None = None
+    """The system message that a conversation begins with."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: the tokenizer's chat template; plain: each line is continued as text; auto: chat where there is a template."""
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> ChatConfig:
+        if self.precision == "both":
+            raise ValueError("precision must be one of fp32, bf16 and fp8: a conversation goes one way")
+        return self
 
 
 class EvaluationData(TextReading, OneFile):
@@ -76,4 +87,4 @@ class EvalConfig(Inference):
     """Rows per forward pass; memory and speed only."""
 
 
-COMMANDS: dict[str, type[Inference]] = {"generate": GenerateConfig, "eval": EvalConfig}
+COMMANDS: dict[str, type[Inference]] = {"chat": ChatConfig, "generate": GenerateConfig, "eval": EvalConfig}

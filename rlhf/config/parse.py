@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import fields
-from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
+from rlhf.config.commands import COMMANDS, ChatConfig, EvalConfig, GenerateConfig
 from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
@@ -119,6 +119,8 @@ def parse(stage: Literal["kto"], argv: Sequence[str]) -> Invocation[KtoConfig]: 
 def parse(stage: Literal["ppo"], argv: Sequence[str]) -> Invocation[PpoConfig]: ...
 @overload
 def parse(stage: Literal["grpo"], argv: Sequence[str]) -> Invocation[GrpoConfig]: ...
+@overload
+def parse(stage: Literal["chat"], argv: Sequence[str]) -> Invocation[ChatConfig]: ...
 @overload
 def parse(stage: Literal["generate"], argv: Sequence[str]) -> Invocation[GenerateConfig]: ...
 @overload

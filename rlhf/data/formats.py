@@ -1,4 +1,4 @@
-"""The file formats of training data, read record by record: jsonl (also .jsonl.gz), a json array, parquet.
+"""The file formats of training data, read record by record: jsonl (also .jsonl.gz), a json array, parquet; prompts also text.
 
 A source yields every record with its place, and a `Problem` where there is none to give, so that one pass finds all
 mistakes of a file. It is stricter than Python's json: duplicate keys, NaN, Infinity and invalid UTF-8 are refused, and
@@ -216,18 +216,44 @@ READERS: dict[str, Callable[[Path, list[str], int], Source]] = {
 }
 
 
-def open_source(path: Path, notes: list[str], max_line_bytes: int) -> Source:
+def read_text(path: Path, notes: list[str], max_line_bytes: int) -> Source:
+    """One prompt a line, as it stands there; places are `file:line`."""
+    blank = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(_bounded_lines(stream, max_line_bytes), start=1):
+            where = f"{path}:{number}"
+            if line is None:
+                yield Problem(where, f"the line is longer than {max_line_bytes} bytes", "raise data.max_line_bytes")
+                continue
+            if number == 1 and line.startswith(BYTE_ORDER_MARK):
+                notes.append(BOM_NOTE)
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield _invalid_utf8(f"{where}:{len(line[: error.start].decode()) + 1}", error)
+                continue
+            if text.strip():
+                yield Record(where, {"prompt": text})
+            else:
+                blank += 1
+    if blank:
+        notes.append(f"{blank} blank {'line was' if blank == 1 else 'lines were'} skipped.")
+
+
+def open_source(path: Path, notes: list[str], max_line_bytes: int, prompts: bool = False) -> Source:
     """The records of a file, its format chosen by its name; remarks on the file as a whole are added to `notes`.
 
-    Raises DataError where there is no such file or its format is not one of `READERS`.
+    `prompts`: a .txt file is one, too. Raises DataError where there is no such file or its format is none of these.
     """
-    *most, last = READERS
+    readers = READERS | ({".txt": read_text} if prompts else {})
+    *most, last = readers
     known = f"{', '.join(most)} or {last}"
     if path.is_dir():
         raise DataError(f"{path}: expected a file, found a directory; name a {known} file in it")
     if not path.exists():
         raise DataError(f"{path}: no such file")
-    for extension, reader in READERS.items():
+    for extension, reader in readers.items():
         if path.name.lower().endswith(extension):
             return reader(path, notes, max_line_bytes)
     raise DataError(f"{path}: unknown kind of file; expected {known}")

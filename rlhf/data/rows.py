@@ -98,7 +98,7 @@ def read_rows(
     max_skip_fraction: float = 0.01,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Rows:
-    """Reads a .jsonl, .jsonl.gz, .json or .parquet file.
+    """Reads a .jsonl, .jsonl.gz, .json or .parquet file; prompts also from a .txt file, one a line.
 
     `columns` maps our name of a field to the file's ("prompt": "question"); `json_key` names the column of plain text,
     for kinds text and sft. `asked` maps columns that every row must have, beside those of its kind, to who asks for them:
@@ -139,7 +139,7 @@ def scan_rows(
     """
     schema = Schema.of(kind, columns or {}, json_key, extra_columns, asked)
     found, remarks = Scan([], [], [], 0), Counter[str]()
-    for record in open_source(Path(path), found.notes, max_line_bytes):
+    for record in open_source(Path(path), found.notes, max_line_bytes, prompts=kind == "prompt"):
         if isinstance(record, Problem):
             found.problems.append(record)
             continue
@@ -161,7 +161,7 @@ def scan_rows(
 def first_columns(path: str, max_line_bytes: int) -> list[str]:
     """The columns of a file's first row, so that one who asks for another can be told before models are opened; none where
     that row cannot be read, as the reader of all rows will say."""
-    first = next(open_source(Path(path), [], max_line_bytes), None)
+    first = next(open_source(Path(path), [], max_line_bytes, prompts=True), None)
     return list(first.value) if isinstance(first, Record) and isinstance(first.value, dict) else []
 
 

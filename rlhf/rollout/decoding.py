@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,29 +18,52 @@ REFILL = 4
 """Prompts wait until one slot in so many is free, and then join together: one by one they cost more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Reply:
+    """Equal to itself alone, so that what is known of one can be kept by it while rows come and go."""
+
     prompt: list[int]
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
+Step = Callable[[Sequence[Reply], Tensor], Tensor]
+"""(B replies so far, logits (B, V) of the next token) -> logits (B, V); each live reply comes once a token."""
+
+
 def complete(
-    actor: nn.Module, replies: list[Reply], sampling: Sampling, stop_ids: frozenset[int], pad_id: int, slots: int
+    actor: nn.Module,
+    replies: list[Reply],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    pad_id: int,
+    slots: int,
+    steps: Sequence[Step] = (),
+    told: Callable[[Reply], None] | None = None,
 ) -> None:
-    """Fills in tokens, up to the first stop token, and their log-probabilities; prompts join by length, the shortest first."""
+    """Fills in tokens, up to the first stop token, and their log-probabilities; prompts join by length, the shortest first.
+
+    Args:
+        steps: change logits, one after the other, before a token is drawn; log-probabilities are of what they leave.
+        told: is given each reply whenever it has one more token.
+    """
     waiting = deque(sorted(replies, key=lambda reply: len(reply.prompt)))
     rows = Rows(actor, min(slots, len(replies)), sampling.max_new_tokens, pad_id)
     drawn: list[tuple[list[Reply], Tensor]] = []
     while waiting or rows.replies:
         logits = [rows.next_logits()] if rows.replies else []
         logits += rows.refill(waiting)
-        tokens, logprobs = sample(torch.cat(logits), sampling, rows.seeds, rows.clock - rows.joined)
+        scores = torch.cat(logits)
+        for step in steps:
+            scores = step(rows.replies, scores)
+        tokens, logprobs = sample(scores, sampling, rows.seeds, rows.clock - rows.joined)
         drawn.append((rows.replies, logprobs))
         going_on = []
         for reply, token in zip(rows.replies, tokens.tolist(), strict=True):
             reply.tokens.append(token)
+            if told is not None:
+                told(reply)
             going_on.append(token not in stop_ids and len(reply.tokens) < sampling.max_new_tokens)
         rows.keep(going_on, tokens)
     for replies_then, logprobs in drawn:  # not sooner: a device would be waited for once more at every token

@@ -19,7 +19,7 @@ from torch import nn
 from rlhf.config.policies import Rollout
 from rlhf.models.actor_critic import unwrapped
 from rlhf.rollout.cache import why_in_batches
-from rlhf.rollout.decoding import Reply, complete
+from rlhf.rollout.decoding import Reply, Step, complete
 from rlhf.rollout.sampling import Sampling
 
 Gather = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -102,10 +102,18 @@ class NativeEngine:
     """Samples from the very module that is trained, with a KV cache; a row that has ended makes room for a waiting prompt."""
 
     def __init__(
-        self, gather: Gather, stop_ids: Sequence[int], pad_id: int, slots: int, note: Callable[[str], None] = lambda _: None
+        self,
+        gather: Gather,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        slots: int,
+        note: Callable[[str], None] = lambda _: None,
+        steps: Sequence[Step] = (),
+        told: Callable[[Reply], None] | None = None,
     ) -> None:
-        """`slots`: rows sampled at a time; `note` is told, once, if rows cannot come and go."""
+        """`slots`: rows sampled at a time; `note` is told, once, if rows cannot come and go; `steps`, `told`: of `complete`."""
         self.gather, self.stop_ids, self.pad_id, self.slots = gather, frozenset(stop_ids), pad_id, slots
+        self.steps, self.told = steps, told
         self.weights, self.version = None, -1
         self.note: Callable[[str], None] | None = note
 
@@ -120,7 +128,7 @@ class NativeEngine:
         with self.gather(self.weights) as policy:
             self._tell(unwrapped(policy.actor))
             policy.eval()  # in training mode transformers drops the cache when it checkpoints gradients
-            complete(policy.actor, replies, sampling, self.stop_ids, self.pad_id, self.slots)
+            complete(policy.actor, replies, sampling, self.stop_ids, self.pad_id, self.slots, self.steps, self.told)
             policy.train()
         responses = [reply.tokens for reply in replies]
         finished = [response[-1] in self.stop_ids for response in responses]

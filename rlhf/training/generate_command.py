@@ -4,58 +4,53 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.commands import GenerateConfig
 from rlhf.config.parse import Invocation
 from rlhf.data.examples import prompt_examples
-from rlhf.data.order import row_seeds
 from rlhf.data.rows import Row
-from rlhf.data.templates import Template
 from rlhf.errors import DataError, OutputError, StorageError
-from rlhf.models.precision import computing_in, precisions
-from rlhf.models.roles import open_policy
+from rlhf.models.precision import precisions
 from rlhf.report.console import Console
-from rlhf.rollout.engines import NativeEngine
-from rlhf.rollout.rewards import decode
-from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.steps import Schema
+from rlhf.training.inference import load_actor
 
 
 def generate(invocation: Invocation[GenerateConfig]) -> int:
     config, console, output = invocation.config, Console("generate", speak=True), Path(invocation.config.output)
     _check_output(output)
-    roles = open_policy(config.model, config.trust_remote_code)
-    template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
-    found = prompt_examples(config.data.file, config.data, template)
-    for note in found.notes:
+    schema = None if config.json_schema is None else Schema(config.json_schema)
+    policy = load_actor(config.model, template=config.data.template, trust_remote_code=config.trust_remote_code)
+    found = prompt_examples(config.data.file, config.data, policy.template)
+    for note in [*found.notes, *(schema.notes if schema else ())]:
         console.note(note)
-    prompts = found.items
-    asked = precisions(config)
+    prompts, asked = found.items, precisions(config)
     suffixes = {one.name: f"_{one.name}" if len(asked) > 1 else "" for one in reversed(asked)}
-    lines = [_beside(prompt.row, [f"{name}{suffix}" for suffix in suffixes.values() for name in REPLY]) for prompt in prompts]
-    roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
-
-    ids, seeds = [prompt.ids for prompt in prompts], row_seeds(config.seed, [prompt.index for prompt in prompts])
-    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size, console.note)
-    engine.sync(roles.policy, version=0)
-    sampling = Sampling(config.max_new_tokens, config.temperature)
-    replies: dict[str, list[tuple[str, bool]]] = {}
-    for precision in asked:
-        with computing_in(precision, roles, ids, config.batch_size) as in_fp8:
-            if in_fp8:
-                console.note(in_fp8)
-            samples = engine.generate(ids, sampling, seeds)
-        replies[precision.name] = list(zip(decode(samples.responses, roles.tokenizer), samples.finished, strict=True))
-    for name, suffix in suffixes.items():
-        for line, reply in zip(lines, replies[name], strict=True):
-            line.update({f"{field}{suffix}": value for field, value in zip(REPLY, reply, strict=True)})
+    number = ["sample"] if config.samples_per_prompt > 1 else []
+    names = [*number, *(f"{name}{suffix}" for suffix in suffixes.values() for name in REPLY)]
+    rows = [_beside(prompt.row, names) for prompt in prompts]
+    ids, places = [prompt.ids for prompt in prompts], [prompt.index for prompt in prompts]
+    replies = {
+        precision.name: policy.replies(
+            ids, places, config, config.samples_per_prompt, config.batch_size, schema, precision, console.note
+        )
+        for precision in asked
+    }
+    lines = []
+    for of_one in zip(*(replies[name] for name in suffixes), strict=True):
+        line = rows[of_one[0].prompt] | dict.fromkeys(number, of_one[0].sample)
+        for suffix, reply in zip(suffixes.values(), of_one, strict=True):
+            line |= {f"{field}{suffix}": value for field, value in zip(REPLY, (reply.text, reply.finished), strict=True)}
+        lines.append(line)
     _write(output, lines)
     result: dict[str, Any] = {"output": str(output), "replies": len(lines)}
-    result["finished"] = {name: sum(finished for _, finished in replies[name]) for name in suffixes}
+    result["finished"] = {name: sum(reply.finished for reply in replies[name]) for name in suffixes}
+    if schema and (cut := len(lines) * len(asked) - sum(result["finished"].values())):
+        console.note(f"{cut} replies were cut before their JSON was complete: raise max_new_tokens {config.max_new_tokens}")
     if len(asked) > 1:
-        result["same"] = sum(len(set(texts)) == 1 for texts in zip(*replies.values(), strict=True))
+        result["same"] = sum(len({reply.text for reply in of_one}) == 1 for of_one in zip(*replies.values(), strict=True))
     print(json.dumps(result, indent=2) if invocation.as_json else described(result))
     return 0
 

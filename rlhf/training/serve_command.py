@@ -19,13 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import Any
 
-from rlhf.data.examples import PromptExample
-from rlhf.data.rows import Row
-from rlhf.data.templates import Template
 from rlhf.errors import ConfigError, DataError
-from rlhf.models.roles import RewardModel, open_reward_model, positions
-from rlhf.rollout.rewards import ModelReward, Replies
 from rlhf.rollout.services import BODY_LIMIT, TOKEN
+from rlhf.training.inference import load_reward
 
 SILENT_S = 60
 """Seconds that a client may keep a connection without a byte."""
@@ -59,17 +55,12 @@ def scorer(
     model: str, batch_size: int, template: str, trust_remote_code: bool
 ) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
     """(prompts, responses) -> scores, each prompt as the words of a user and each response as a whole reply to it."""
-    roles = open_reward_model(model, trust_remote_code)
-    own = Template(roles.tokenizer, template, roles.stop_ids)
-    source = ModelReward(model, RewardModel(roles.policy, "critic", positions(roles.policy), own), batch_size)
+    reward = load_reward(model, template=template, trust_remote_code=trust_remote_code)  # pyright: ignore[reportArgumentType]
     one_at_a_time = Lock()
 
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        rows = [Row(f"prompts[{index}]", {"prompt": prompt}, {}) for index, prompt in enumerate(prompts)]
-        asked = [PromptExample(index, [], row) for index, row in enumerate(rows)]
-        none: list[list[int]] = [[] for _ in asked]
         with one_at_a_time:
-            return source(Replies(asked, none, responses, [True] * len(asked), none)) if asked else []
+            return reward.score(prompts, responses, batch_size=batch_size)
 
     return scores
 

@@ -269,6 +269,22 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert [row.where for row in rows.rows] == [f"{path}{place}" for place in expected.split()]
 
 
+def test_prompts_may_be_lines_of_text(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b'\xef\xbb\xbfWhat is it?\r\n\n  {"a": 1} \nthe last')
+    found = read_rows(file, "prompt")
+    assert [row.fields["prompt"] for row in found.rows] == ["What is it?", '  {"a": 1} ', "the last"]
+    assert [row.where for row in found.rows] == [f"{file}:1", f"{file}:3", f"{file}:4"]
+    assert found.notes == ["The file starts with a byte-order mark, which was skipped.", "1 blank line was skipped."]
+    with pytest.raises(
+        DataError, match=r"prompts\.txt: unknown kind of file; expected \.jsonl, \.jsonl\.gz, \.json or \.parquet"
+    ):
+        read_rows(file, "pair")
+    file.write_bytes(b"fine\nna\xefve\n" + b"long" * 9)
+    with pytest.raises(DataError, match=r"txt:2:3: invalid UTF-8 byte 0xef.*\n.*txt:3: the line is longer than 20 bytes"):
+        read_rows(file, "prompt", max_line_bytes=20)
+
+
 def test_parquet_rows_are_held_to_the_same_rules(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)

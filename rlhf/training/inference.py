@@ -1,0 +1,207 @@
+"""Models in use, from Python: `rlhf.load_actor(...).generate(...)` and `rlhf.load_reward(...).score(...)`.
+
+What the commands generate, chat and serve-reward do is done here, once. Left out: files, and FP8 but through the commands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.config.decoding import Decoding, checked
+from rlhf.data.examples import PromptExample
+from rlhf.data.order import row_seeds
+from rlhf.data.rows import Row
+from rlhf.data.templates import Messages, Template
+from rlhf.errors import ConfigError, DataError
+from rlhf.models.actor_critic import unwrapped
+from rlhf.models.precision import Precision, computing_in
+from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
+from rlhf.rollout.decoding import Reply
+from rlhf.rollout.engines import NativeEngine
+from rlhf.rollout.rewards import ModelReward, Replies, decode
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.steps import JsonSchema, RepetitionPenalty, Schema
+
+Prompt = str | Messages
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One reply."""
+
+    prompt: int
+    """Place of its prompt among those given."""
+    sample: int
+    """Its number among the replies to that prompt."""
+    text: str
+    """Without special tokens and outer blanks."""
+    finished: bool
+    """It ended by itself, and not at max_new_tokens."""
+    tokens: list[int]
+    """Token ids, with the stop token where it ended by itself."""
+
+
+def load_actor(
+    model: str,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    template: Literal["auto", "chat", "plain"] = "auto",
+    trust_remote_code: bool = False,
+) -> Policy:
+    """A policy to generate with, on the GPU if there is one.
+
+    Args:
+        model: a run, a Hugging Face id (`id@revision`) or directory, an adapter, a Megatron checkpoint or a .gguf file.
+        precision: bf16: autocast over float32 weights.
+        template: chat: the tokenizer's chat template; plain: prompts are text to go on with; auto: chat where there is one.
+        trust_remote_code: run the Python code that comes with the model.
+
+    Raises:
+        DataError: no such model, or it is no policy.
+    """
+    roles = open_policy(model, trust_remote_code)
+    return Policy(roles, Template(roles.tokenizer, template, roles.stop_ids), Precision(precision, precision == "bf16"))
+
+
+def load_reward(
+    model: str, *, template: Literal["auto", "chat", "plain"] = "auto", trust_remote_code: bool = False
+) -> RewardScorer:
+    """A reward model to score with; arguments and errors as of `load_actor`."""
+    roles = open_reward_model(model, trust_remote_code)
+    return RewardScorer(model, roles, Template(roles.tokenizer, template, roles.stop_ids))
+
+
+class Policy:
+    def __init__(self, roles: Roles, template: Template, precision: Precision) -> None:
+        self.roles, self.template, self.precision = roles, template, precision
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        samples_per_prompt: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        json_schema: str | dict[str, Any] | None = None,
+    ) -> list[Generated]:
+        """Replies, those to the first prompt first; the options are the fields of `rlhf generate`, and so are the replies.
+
+        Args:
+            prompts: texts (with a chat template, what a user says) or lists of {"role", "content"} messages.
+            json_schema: a JSON Schema, or the name of a file of one.
+
+        Raises:
+            ConfigError: options that cannot be, or exclude each other.
+            DataError: a prompt that the template does not take, or that is too long for the model with its reply.
+        """
+        config = checked(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            samples_per_prompt=samples_per_prompt,
+            seed=seed,
+            batch_size=batch_size,
+            json_schema=json.dumps(json_schema) if isinstance(json_schema, dict) else json_schema,
+        )
+        if isinstance(prompts, str):
+            raise ConfigError("prompts: given one text, expected a list of prompts")
+        schema = None if config.json_schema is None else Schema(config.json_schema)
+        ids = [self.template.prompt(prompt, f"prompts[{place}]") for place, prompt in enumerate(prompts)]
+        if empty := [place for place, tokens in enumerate(ids) if not tokens]:
+            raise DataError(f"prompts[{empty[0]}]: has no tokens; expected at least one to go on from")
+        return self.replies(ids, range(len(ids)), config, samples_per_prompt, batch_size, schema) if ids else []
+
+    def replies(
+        self,
+        prompts: Sequence[list[int]],
+        places: Sequence[int],
+        config: Decoding,
+        samples: int = 1,
+        batch_size: int = 1,
+        schema: Schema | None = None,
+        precision: Precision | None = None,
+        note: Callable[[str], None] = lambda _: None,
+        told: Callable[[Reply], None] | None = None,
+    ) -> list[Generated]:
+        """Replies to prompts of token ids.
+
+        Args:
+            places: what each prompt's replies are seeded by, beside config.seed.
+            samples: replies to each prompt.
+            batch_size: replies sampled at a time.
+            precision: another one than the policy's own.
+            note: is told what a user should know.
+            told: is given each reply whenever it has one more token.
+        """
+        roles = self.roles
+        roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "max_new_tokens, or shorten the prompts")
+        steps = []
+        if config.repetition_penalty != 1:
+            steps.append(RepetitionPenalty(config.repetition_penalty))
+        if schema is not None:
+            head = unwrapped(roles.actor).get_output_embeddings()
+            steps.append(JsonSchema(schema, roles.tokenizer, roles.stop_ids, head.weight.shape[0]))  # pyright: ignore
+        engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, batch_size, note, steps, told)
+        engine.sync(roles.policy, version=0)
+        which = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples)]
+        ids, seeds = [prompts[prompt] for prompt, _ in which], row_seeds(config.seed, [places[prompt] for prompt, _ in which])
+        # 0 is nothing to the user and everything to the sampler.
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k or 0, config.top_p or 1.0)
+        with computing_in(precision or self.precision, roles, prompts, batch_size) as in_fp8:
+            if in_fp8:
+                note(in_fp8)
+            drawn = engine.generate(ids, sampling, seeds)
+        texts = decode(drawn.responses, roles.tokenizer)
+        made = [Generated(*row) for row in zip(*zip(*which, strict=True), texts, drawn.finished, drawn.responses, strict=True)]
+        if schema is not None:
+            schema.require_json([reply.text for reply in made if reply.finished])
+        return made
+
+
+class RewardScorer:
+    """A reward model; the scores are those of `rlhf ppo`'s rewards, and of the service `rlhf serve-reward`."""
+
+    def __init__(self, name: str, roles: Roles, template: Template) -> None:
+        self.roles, self.template = roles, template
+        self.model, self.name = RewardModel(roles.policy, "critic", positions(roles.policy), template), name
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        replies: Sequence[str],
+        *,
+        finished: Sequence[bool] | None = None,
+        batch_size: int = 16,
+    ) -> list[float]:
+        """One score for each reply.
+
+        Args:
+            prompts: texts or lists of {"role", "content"} messages, one for each reply.
+            finished: whether each reply ended by itself; one that did not is read without an end. None: all did.
+            batch_size: rows per forward pass; memory and speed only.
+
+        Raises:
+            DataError: not as many of each, or a row that the template or the model's positions do not take.
+        """
+        finished = [True] * len(replies) if finished is None else finished
+        if not len(prompts) == len(replies) == len(finished):
+            raise DataError(
+                f"{len(prompts)} prompts, {len(replies)} replies and {len(finished)} of finished; expected as many of each"
+            )
+        if not replies:
+            return []
+        rows = [Row(f"prompts[{place}]", {"prompt": prompt}, {}) for place, prompt in enumerate(prompts)]
+        asked = [PromptExample(place, [], row) for place, row in enumerate(rows)]
+        none: list[list[int]] = [[] for _ in asked]
+        return ModelReward(self.name, self.model, batch_size)(Replies(asked, none, replies, finished, none))
