@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.commands import GenerateConfig
@@ -14,18 +12,18 @@ from rlhf.data.examples import prompt_examples
 from rlhf.data.order import row_seeds
 from rlhf.data.rows import Row
 from rlhf.data.templates import Template
-from rlhf.errors import DataError, OutputError, StorageError
+from rlhf.errors import DataError
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.roles import open_policy
 from rlhf.report.console import Console
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.rewards import decode
 from rlhf.rollout.sampling import Sampling
+from rlhf.training.output_file import require_new, write
 
 
 def generate(invocation: Invocation[GenerateConfig]) -> int:
-    config, console, output = invocation.config, Console("generate", speak=True), Path(invocation.config.output)
-    _check_output(output)
+    config, console, output = invocation.config, Console("generate", speak=True), require_new(invocation.config.output)
     roles = open_policy(config.model, config.trust_remote_code)
     template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
     found = prompt_examples(config.data.file, config.data, template)
@@ -51,7 +49,7 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
     for name, suffix in suffixes.items():
         for line, reply in zip(lines, replies[name], strict=True):
             line.update({f"{field}{suffix}": value for field, value in zip(REPLY, reply, strict=True)})
-    _write(output, lines)
+    write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result: dict[str, Any] = {"output": str(output), "replies": len(lines)}
     result["finished"] = {name: sum(finished for _, finished in replies[name]) for name in suffixes}
     if len(asked) > 1:
@@ -76,21 +74,3 @@ def _beside(row: Row, names: list[str]) -> dict[str, Any]:
         if name in row.others:
             raise DataError(f"{row.where}: has a column {name!r}, which is the name of one that is written; rename it")
     return {"prompt": row.fields["prompt"], **row.others}
-
-
-def _check_output(file: Path) -> None:
-    if file.exists():
-        raise OutputError(f"{file}: is there already; name another file in --output, or remove it")
-    if not file.parent.is_dir():
-        raise OutputError(f"{file}: there is no directory {file.parent}")
-
-
-def _write(file: Path, lines: list[dict[str, Any]]) -> None:
-    """The file appears complete or not at all."""
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{file}: cannot be written: {error.strerror}") from error

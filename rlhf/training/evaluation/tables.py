@@ -1,0 +1,61 @@
+"""The result of `rlhf eval` as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf.training.evaluation.rows import REWARD_MODEL
+from rlhf.training.evaluation.slices import FEW
+
+SLICES_SHOWN = 30
+"""Lines; --json and --output have all."""
+
+
+def table(result: dict[str, Any]) -> Iterable[str]:
+    columns = {**result["figures"], **({"difference": result["difference"]} if "difference" in result else {})}
+    counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
+    yield f"{result['model']}: a {result['kind']}, {counts} of {result['data']}"
+    yield " " * 20 + "".join(f"{name:>14}" for name in columns)
+    for name in next(iter(result["figures"].values())):
+        cells = (
+            f"{column[name]:>+14.6f}" if title == "difference" else f"{column[name]:>14.6f}"
+            for title, column in columns.items()
+        )
+        yield f"{name:20}" + "".join(cells)
+    if "longer_wins" in result:
+        yield f"taking the longer reply is right in {result['longer_wins']:.3f}"
+    for precision, bins in result.get("reliability", {}).items():
+        yield f"{precision}: how sure it is, and how often it is right"
+        for sure, row in bins.items():
+            yield f"  {sure}: says {row['predicted']:.3f}, right in {row['observed']:.3f} of {row['prompts']:.6g}"
+    for precision, found in result.get("slices", {}).items():
+        yield f"{precision}: accuracy by slice (95% interval, prompts)"
+        yield from _of_slices(found)
+    if "drift" in result:
+        unit = "score of a reply" if result["kind"] == REWARD_MODEL else "log-probability of a token"
+        yield f"FP8 moves the {unit} by {result['drift']['mean']:.2e} in the mean, {result['drift']['max']:.2e} at most"
+    if "forgetting" in result:
+        yield from _of_forgetting(result["forgetting"])
+
+
+def _of_slices(found: dict[str, dict[str, float]]) -> Iterable[str]:
+    width = max(map(len, found), default=0)
+    for name, row in list(found.items())[:SLICES_SHOWN]:
+        few = "  few: says little" if row["prompts"] < FEW else ""
+        interval = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        yield f"  {name:{width}}  {row['accuracy']:.3f}  ({interval}, {row['prompts']:.6g}){few}"
+    if len(found) > SLICES_SHOWN:
+        yield f"  and {len(found) - SLICES_SHOWN} more, in --json"
+
+
+def _of_forgetting(found: dict[str, Any]) -> Iterable[str]:
+    few = "; few rows: says little" if found["rows"] < FEW else ""
+    yield f"beside its base {found['base']}, on the same {found['rows']} rows{few}"
+    interval = f"95%: {found['lost_low']:+.4f} to {found['lost_high']:+.4f}"
+    yield f"  {found['of']} {found['before']:.4f} before, {found['after']:.4f} after: lost {found['lost']:+.4f} ({interval})"
+    if "perplexity_ratio" in found:
+        ratio, low, high = (found[f"perplexity_ratio{end}"] for end in ("", "_low", "_high"))
+        before, after = found["perplexity_before"], found["perplexity_after"]
+        yield f"  perplexity {before:.3f} before, {after:.3f} after: times {ratio:.3f} (95%: {low:.3f} to {high:.3f})"
+    yield f"  {found['verdict']}"
