@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,30 +22,6 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
     z, rate = 1.959964**2 / trials, successes / trials
     half = math.sqrt((2 * rate + z) ** 2 - 4 * (1 + z) * rate**2)
     return (2 * rate + z - half) / (2 * (1 + z)), (2 * rate + z + half) / (2 * (1 + z))
-
-
-@pytest.fixture(scope="module")
-def models(llamas, tmp_path_factory) -> Path:
-    """model/, worse/ (the same, much too sure of itself), uniform/ (every token as likely), other/ (another tokenizer)."""
-    directory = tmp_path_factory.mktemp("models")
-    for name, factor in (("model", 1.0), ("worse", 20.0), ("uniform", 0.0)):
-        shutil.copytree(llamas / "model", directory / name)
-        model = AutoModelForCausalLM.from_pretrained(llamas / "model")
-        model.lm_head.weight.data *= factor
-        model.save_pretrained(directory / name)
-    shutil.copytree(llamas / "model", directory / "other")
-    tokenizer = AutoTokenizer.from_pretrained(llamas / "model")
-    tokenizer.add_tokens(["z"])
-    tokenizer.save_pretrained(directory / "other")
-    model = AutoModelForCausalLM.from_pretrained(llamas / "model")
-    model.resize_token_embeddings(16)
-    model.save_pretrained(directory / "other")
-    shutil.copytree(llamas / "critic", directory / "critic")
-    for name in ("sft", "pairs", "prompts"):
-        shutil.copy(llamas / f"{name}.jsonl", directory)
-    rows = [{**row, "source": "web" if at % 3 else "book"} for at, row in enumerate(rows_of(llamas / "pairs.jsonl"))]
-    (directory / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory
 
 
 # ---- slices ----------------------------------------------------------------------------------------------------------

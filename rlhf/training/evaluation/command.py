@@ -16,6 +16,7 @@ from rlhf.models.precision import FP8, computing_in, precisions
 from rlhf.models.roles import Roles
 from rlhf.report.console import Console
 from rlhf.training.evaluation.forgetting import beside_base
+from rlhf.training.evaluation.prompts import on_prompts
 from rlhf.training.evaluation.rows import Subject, file_of, implicit_rows, policy_rows, reward_model_rows
 from rlhf.training.evaluation.tables import table
 from rlhf.training.output_file import require_new, write
@@ -25,9 +26,10 @@ def evaluate(invocation: Invocation[EvalConfig]) -> int:
     """Raises CheckFailed where more was lost than may be, after the result is told."""
     config, console = invocation.config, Console("eval", speak=True)
     output = require_new(config.output) if config.output else None
-    result = of_rows(config, console)
+    result = on_prompts(config, console) if config.prompts else of_rows(config, console)
     if output is not None:
         write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    result.pop("replies", None)  # a file's worth of text
     print(json.dumps(result, indent=2) if invocation.as_json else "\n".join(table(result)))
     if refused := result.get("forgetting", {}).get("failed"):
         raise CheckFailed(refused)

@@ -13,6 +13,40 @@ SLICES_SHOWN = 30
 
 
 def table(result: dict[str, Any]) -> Iterable[str]:
+    return _of_prompts(result) if "wins" in result else _of_rows(result)
+
+
+def _of_prompts(result: dict[str, Any]) -> Iterable[str]:
+    few = "; few prompts: says little" if result["prompts"] < FEW else ""
+    how = f"temperature {result['temperature']:g}, seed {result['seed']}"
+    yield f"{result['model']}: a policy on {result['prompts']} prompts of {result['data']}, {how} (95% intervals){few}"
+    columns, names = result["figures"], dict.fromkeys(name for column in result["figures"].values() for name in column)
+    if "against" in result:
+        yield " " * 20 + "".join(f"{who:>32}" for who in columns) + f"   ({result['against']})"
+    for name in names:
+        cells = (_interval(column[name]) if name in column else "" for column in columns.values())
+        yield f"{name:20}" + "".join(f"{cell:>32}" for cell in cells)
+    if result["without_score"]:
+        yield f"{result['without_score']} replies have no score: they are in no mean of rewards, and not compared by it"
+    for who, row in result["wins"].items():
+        interval = "{win_rate:.3f} (95%: {win_rate_low:.3f} to {win_rate_high:.3f})".format(**row)
+        counts = "{wins} wins, {ties} ties, {losses} losses".format(**row)
+        yield f"by the {who} its reply is better in {interval}: {counts}, a tie half"
+        if "first" in row:
+            said = (
+                "{agreed} of {asked} pairs judged alike in both orders; {first:.3f} of its answers were for the first".format(
+                    **row
+                )
+            )
+            yield f"  {said}"
+
+
+def _interval(figure: dict[str, float | None]) -> str:
+    ends = "" if figure["low"] is None else f" ({figure['low']:.4g} to {figure['high']:.4g})"
+    return f"{figure['mean']:.4g}{ends}"
+
+
+def _of_rows(result: dict[str, Any]) -> Iterable[str]:
     columns = {**result["figures"], **({"difference": result["difference"]} if "difference" in result else {})}
     counts = ", ".join(f"{value:,} {name}" for name, value in result.items() if isinstance(value, int))
     yield f"{result['model']}: a {result['kind']}, {counts} of {result['data']}"
