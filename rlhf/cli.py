@@ -33,10 +33,10 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   report RUN         a run as one HTML page                 show     what a run was made from
   runs list|show|rm  the runs there are                     compare  two runs or two models: where they part
   generate MODEL     replies to the prompts of a file       eval     how good a model is on held-out rows
-  chat MODEL         talk to a policy                       vocab    new pieces for tokenizer and model
-  convert SRC DST    a checkpoint into another format       schema   the JSON Schema of a config, for editors
+  chat MODEL         talk to a policy                       score    what a reward gives a file of replies
+  convert SRC DST    a checkpoint into another format       vocab    new pieces for tokenizer and model
   serve-reward RM    a reward model as a service            fp8      what FP8 does to your model
-  path, copy STAGE   where a recipe is; a copy to edit
+  path, copy STAGE   where a recipe is; a copy to edit      schema   the JSON Schema of a config, for editors
 
 A model is a Hugging Face id (owner/name@revision), a model directory, a Megatron checkpoint, a .gguf file or a run.
 `rlhf sft --help` lists every field of the config; each is a flag: --optimizer.lr 1e-5.

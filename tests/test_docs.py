@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -270,6 +271,31 @@ def test_commands_of_the_data_page_run(user):
     assert {command.split()[1] for command in commands} == {"check", "preview", "split", "clean"}
     for command in commands:
         assert main(command.split()) == 0, command
+
+
+def test_commands_of_the_evaluation_page_run(user, monkeypatch):
+    """In their order, on the judge of the page."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    commands = re.findall(r"^ {4}rlhf ((?:eval|score) .*)", page, re.M)
+    assert len(commands) == 11
+    code = re.search(r"```python\n(.*?)```", page, re.S)
+    assert code is not None
+    (user / "judge.py").write_text(code[1])
+    (user / "length.py").write_text("def words(responses):\n    return [len(response.split()) for response in responses]\n")
+    (user / "my-model").rename(user / "base-model")
+    shutil.copytree(user / "base-model", user / "my-model")
+    (user / "critic").rename(user / "my-rm")
+    rows = {
+        "chats": [{"prompt": "a b", "completion": word} for word in "cdef"],
+        "pairs": [{"prompt": "a b", "chosen": "c", "rejected": word, "source": "web"} for word in "abde"],
+        "replies": [{"prompt": "a b", "response": "c d", "finished": True}],
+    }
+    for name, of_file in rows.items():
+        (user / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for command in commands:
+        assert main(shlex.split(command)) == 0, command
+    assert json.loads((user / "lengths.jsonl").read_text())["score"] == 2
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)

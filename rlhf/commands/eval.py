@@ -8,6 +8,6 @@ def run(argv: list[str]) -> int:
 
     invocation = parse("eval", argv)
 
-    from rlhf.training.evaluate_command import evaluate
+    from rlhf.training.evaluation.command import evaluate
 
     return evaluate(invocation)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf.config.decoding import Batches, Decoding
-from rlhf.config.sections import Count, Fp8, OneFile, Place, Reading, Section, TextReading
+from rlhf.config.rewards import Scoring
+from rlhf.config.sections import Count, Fp8, OneFile, Place, Positive, Reading, RowReading, Section, TextReading
 
 
 class UsedFp8(Fp8):
@@ -75,16 +76,127 @@ class ChatConfig(Decoding, Inference):
         return self
 
 
-class EvaluationData(TextReading, OneFile):
-    pass
+class EvaluationData(TextReading):
+    file: Place | None = None
+    """Held-out rows: a .jsonl, .jsonl.gz, .json or .parquet file; of chats, prompts with completions, or text for a policy, of
+    pairs or ranked replies for a reward model, and for a policy with a `reference`."""
+
+
+class MaybeScoring(Scoring):
+    """As `Scoring`, or nothing of it."""
+
+    needed: ClassVar[bool] = False
+
+
+class Judge(Section):
+    command: str | None = None
+    """Who decides which of two replies is better: a command, without a shell, that reads lines of JSON {"prompt", "a", "b"} and
+    answers a, b or tie, a line each. It is asked about every pair twice, in both orders (docs/evaluation.md)."""
+    timeout_s: Positive = 600.0
+    """Seconds until it must have answered all."""
+
+    @model_validator(mode="after")
+    def _has_a_command(self) -> Judge:
+        if self.command is None and self.model_fields_set - {"command"}:
+            raise ValueError("timeout_s has no meaning without a command: give judge.command")
+        return self
 
 
 class EvalConfig(Inference):
-    """How good a model is on held-out rows: loss and perplexity of a policy, accuracy of a reward model on pairs."""
+    """How good a model is. On held-out rows (--data): loss and perplexity of a policy, accuracy of a reward model or of
+    implicit rewards. On prompts (--prompts): scores, length and KL of a policy's replies, and how often they beat another's."""
 
-    data: EvaluationData
+    data: EvaluationData = EvaluationData()
+    prompts: Place | None = None
+    """In place of `data`: prompts that the policy replies to; read as data.* says."""
+    slice: tuple[str, ...] = ()
+    """Pairs: columns of the rows whose values accuracy is also told by (`source,category`)."""
+    reference: Place | None = None
+    """Pairs: the policy that implicit rewards, beta * log-ratio, are measured from (DPO, KTO). Prompts: the policy that the KL
+    is measured from."""
+    beta: Positive = 0.1
+    """Pairs, with `reference`: the loss.beta that the policy was trained with. Accuracy does not depend on it."""
+    base: Place | None = None
+    """Rows: the model that this one was made from, on the same rows: what was lost, with its interval."""
+    max_forgetting: Annotated[float, Field(ge=0)] | None = None
+    """With `base`: how much may be lost, in nats per token of a policy, in accuracy (0 to 1) of a reward model. Where the 95%
+    interval is wholly above that, the command ends with exit code 1."""
+    reward: MaybeScoring = MaybeScoring()
+    judge: Judge = Judge()
+    against: Place | None = None
+    """Prompts: another policy, whose replies are compared with those of this one, by the reward, the judge, or both."""
+    max_new_tokens: Count = 128
+    """Prompts: longest reply, in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Prompts: logits are divided by it; 0: greedy."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Prompts: what is sampled follows from it and the row's place in the file, whatever the batch size."""
     batch_size: Count = 16
     """Rows per forward pass; memory and speed only."""
+    output: Place | None = None
+    """A .json file to write the result to, of prompts with every reply."""
+
+    @model_validator(mode="after")
+    def _has_meaning(self) -> EvalConfig:
+        """What the rest does not need is no option of it: passed over in silence, it would be taken for heard."""
+        if (self.data.file is None) == (self.prompts is None):
+            what = "both are given" if self.prompts else "neither is given"
+            raise ValueError(f"data is for held-out rows, prompts for replies to them, and {what}: give --data or --prompts")
+        there = {name for name in type(self).model_fields if name in self.model_fields_set and getattr(self, name) is not None}
+        there = there - {"data"} | ({"data"} if self.data.file else set())
+        for name, needed, why in NEEDS:
+            if name in there and not there & set(needed):
+                raise ValueError(f"{name} {why}: give {' or '.join(needed)}, or leave it out")
+        if self.base and self.reference:
+            raise ValueError("base and reference are both given: of implicit rewards there is no base; keep one")
+        if self.temperature == 0 and self.prompts and self.reference:
+            raise ValueError("reference: the KL is a mean over sampled replies, and temperature 0 draws none; give another")
+        if self.precision == "both" and (alone := {"prompts", "base", "reference"} & there):
+            raise ValueError(f"precision `both` is for one model on held-out rows, without {alone.pop()}: give one precision")
+        return self
 
 
-COMMANDS: dict[str, type[Inference]] = {"chat": ChatConfig, "generate": GenerateConfig, "eval": EvalConfig}
+NEEDS = (
+    ("slice", ("data",), "is of held-out pairs"),
+    ("base", ("data",), "is compared on held-out rows; on prompts a policy is compared with against"),
+    ("max_forgetting", ("base",), "limits what was lost from a base"),
+    ("beta", ("reference",), "is a factor of implicit rewards"),
+    ("reward", ("prompts",), "scores replies to prompts; for rows with replies there is `rlhf score`"),
+    ("judge", ("against",), "compares replies of two policies"),
+    ("against", ("prompts",), "is compared by replies to prompts"),
+    ("against", ("reward", "judge"), "needs somebody to say which reply is better"),
+    ("max_new_tokens", ("prompts",), "is of replies to prompts"),
+    ("temperature", ("prompts",), "is of replies to prompts"),
+    ("seed", ("prompts",), "is of replies to prompts"),
+)
+"""(option, those of which it needs one, why) of `rlhf eval`."""
+
+
+class ScoredRows(RowReading, OneFile):
+    extra_columns: Literal["fail", "ignore"] = "ignore"
+    """ignore: columns nobody asked for are kept beside the scores; fail: they are an error."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a reward model reads prompt and reply: by its chat template, joined as they are, or auto: chat where there is one."""
+
+
+class ScoreConfig(Section):
+    """Scores of replies that are there already: rows with a reply, or with a chosen and a rejected one."""
+
+    reward: Scoring
+    data: ScoredRows
+    output: Place
+    """The .jsonl file to write: the rows, and `score`; of pairs `score_chosen` and `score_rejected`."""
+    batch_size: Count = 16
+    """Replies per forward pass of a reward model; memory and speed only."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model. A Hub model must then be pinned to a commit (`id@40 hex digits`)."""
+
+
+COMMANDS: dict[str, type[Section]] = {
+    "chat": ChatConfig,
+    "generate": GenerateConfig,
+    "eval": EvalConfig,
+    "score": ScoreConfig,
+}
+POSITIONALS = {"chat": ("model",), "generate": ("model",), "eval": ("model",), "score": ("reward", "data")}
+"""Flags that may be given by their place, in front of all others."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import fields
-from rlhf.config.commands import COMMANDS, ChatConfig, EvalConfig, GenerateConfig
+from rlhf.config.commands import COMMANDS, POSITIONALS, ChatConfig, EvalConfig, GenerateConfig, ScoreConfig
 from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
@@ -126,6 +126,8 @@ def parse(stage: Literal["generate"], argv: Sequence[str]) -> Invocation[Generat
 @overload
 def parse(stage: Literal["eval"], argv: Sequence[str]) -> Invocation[EvalConfig]: ...
 @overload
+def parse(stage: Literal["score"], argv: Sequence[str]) -> Invocation[ScoreConfig]: ...
+@overload
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Stage]: ...
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     """Read and validate a stage's command line; with `--help`, print the help and exit 0.
@@ -136,8 +138,7 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
     if {"-h", "--help"} & set(argv):
         print(help_text(stage))
         sys.exit(0)
-    if stage in COMMANDS and argv and not argv[0].startswith("-"):
-        argv = ["--model", *argv]
+    argv = _by_flags(stage, argv)
     words = _sort(stage, argv)
     machines = machines_of(words.own)
     nproc = whole_number(words.own, "nproc", 1, 1) if "nproc" in words.own else None
@@ -170,6 +171,13 @@ def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
         resume=Resume(step, "allow-inexact-resume" in words.own),
         arguments=words.arguments,
     )
+
+
+def _by_flags(stage: str, argv: Sequence[str]) -> list[str]:
+    """The words, those given by their place with the flag that they stand for."""
+    places = POSITIONALS.get(stage, ())
+    count = next((place for place, word in enumerate(argv[: len(places)]) if word.startswith("-")), min(len(argv), len(places)))
+    return [word for name, text in zip(places, argv[:count], strict=False) for word in (f"--{name}", text)] + [*argv[count:]]
 
 
 def _run_to_resume(stage: str, own: Mapping[str, str]) -> tuple[Path, int | None]:

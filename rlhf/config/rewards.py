@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -73,7 +73,12 @@ class RewardSource(Section):
         return self
 
 
-class Reward(RewardSource):
+class Scoring(RewardSource):
+    """Where scores come from."""
+
+    needed: ClassVar[bool] = True
+    """Whether there must be a source."""
+
     source: Place | None = None  # several are in `sources`
     """A reward model (any model source), `count:TEXT` (how often TEXT's token occurs), `verify:exact`, `verify:numeric` or
     `verify:regex` (1 where the reply is, ends in or holds the row's answer, else 0), a Python function: `module:function` or
@@ -101,18 +106,6 @@ class Reward(RewardSource):
     which reply it prefers in the first 256. None: it is taken at its word."""
     allow_hosts: tuple[str, ...] = ()
     """The only hosts that a service may be on; empty: any."""
-    normalize: Literal["none", "running"] = "none"
-    """running: subtract the mean and divide by the deviation of all scores so far."""
-    clip: Positive | None = None
-    """Scores are cut to [-clip, clip] after weighting and normalising."""
-    length_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken off a score, after clipping, for each token beyond `length_budget`."""
-    length_budget: Annotated[int, Field(ge=0)] = 0
-    """Tokens of a reply that are free of `length_penalty`."""
-    missing_eos: Literal["replace", "subtract", "none"] = "replace"
-    """A reply that never ends: its score becomes `missing_eos_value`, is lowered by it, or stays."""
-    missing_eos_value: float = -1.0
-    """See `missing_eos`; for `subtract` a positive number is taken off."""
 
     @property
     def parts(self) -> dict[str, RewardSource]:
@@ -127,7 +120,9 @@ class Reward(RewardSource):
         return {name: part.source for name, part in self.parts.items() if kind_of(part.source) == "model"}
 
     @model_validator(mode="after")
-    def _one_or_several(self) -> Reward:
+    def _one_or_several(self) -> Scoring:
+        if not self.needed and not self.model_fields_set:
+            return self
         if (self.source is None) == (not self.sources):
             given = "both are given" if self.sources else "neither is given"
             raise ValueError(f"source is for one reward, sources for several, and {given}: give one of them")
@@ -135,8 +130,6 @@ class Reward(RewardSource):
             if getattr(self, name) != type(self).model_fields[name].default:
                 one = "of each source: give it in `sources`" if self.sources else "for several: give them in `sources`"
                 raise ValueError(f"{name} is {one}")
-        if self.length_budget and not self.length_penalty:
-            raise ValueError("length_budget has no meaning without length_penalty")
         if self.allow_hosts and all(kind_of(part.source) != "service" for part in self.parts.values()):
             raise ValueError("allow_hosts has no meaning without a service")
         return self
@@ -150,3 +143,26 @@ class Reward(RewardSource):
             if name in TAKEN or name.removesuffix("_std") in (sources.keys() - {name}):
                 raise ValueError(f"{name} is the name of another metric: take one but {', '.join(TAKEN)}, NAME_std")
         return sources
+
+
+class Reward(Scoring):
+    """Where scores come from, and what is made of them."""
+
+    normalize: Literal["none", "running"] = "none"
+    """running: subtract the mean and divide by the deviation of all scores so far."""
+    clip: Positive | None = None
+    """Scores are cut to [-clip, clip] after weighting and normalising."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off a score, after clipping, for each token beyond `length_budget`."""
+    length_budget: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a reply that are free of `length_penalty`."""
+    missing_eos: Literal["replace", "subtract", "none"] = "replace"
+    """A reply that never ends: its score becomes `missing_eos_value`, is lowered by it, or stays."""
+    missing_eos_value: float = -1.0
+    """See `missing_eos`; for `subtract` a positive number is taken off."""
+
+    @model_validator(mode="after")
+    def _has_a_penalty(self) -> Reward:
+        if self.length_budget and not self.length_penalty:
+            raise ValueError("length_budget has no meaning without length_penalty")
+        return self

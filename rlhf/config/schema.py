@@ -374,6 +374,7 @@ SHORT_FLAGS = {
     "roles.critic": "critic",
     "roles.reference": "reference",
     "reward.source": "reward",
+    "judge.command": "judge",
     "data.train": "data",
     "data.file": "data",
     "data.json_key": "json_key",

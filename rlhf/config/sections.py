@@ -144,7 +144,7 @@ class Schedule(Section):
     """Learning rate at the end, as a part of the peak."""
 
 
-class Reading(Section):
+class RowReading(Section):
     columns: dict[str, str] = {}
     """Our column name -> the file's (`prompt: question`)."""
     extra_columns: Literal["fail", "ignore"] = "fail"
@@ -155,6 +155,9 @@ class Reading(Section):
     """With `on_error: skip`, the part of rows that may be left out before it is an error all the same."""
     max_line_bytes: Count = 8 * 2**20
     """A line of .jsonl longer than this, in bytes, is a malformed row."""
+
+
+class Reading(RowReading):
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: the tokenizer's chat template; plain: prompt and reply are joined as they are; auto: chat where there is one."""
     max_length: Annotated[int, Field(ge=2)] = 1024

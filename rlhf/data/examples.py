@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import combinations
 from math import comb
 from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf.config.sections import Reading, TextReading
 from rlhf.data.rows import Row, Rows, read_rows
@@ -70,6 +70,8 @@ class RankedExample:
     """By how much the better reply is to score higher, in units of the score."""
     where: str = field(default="", compare=False)
     """file:line"""
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Columns of the row that were asked for."""
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
@@ -176,9 +178,12 @@ def pair_examples(path: str, config: Reading, template: Template) -> Examples[Pa
     return _done(path, examples, rows, limit.notes() + dropped)
 
 
-def ranked_examples(path: str, config: Reading, template: Template) -> Examples[RankedExample]:
+def ranked_examples(
+    path: str, config: Reading, template: Template, asked: Mapping[str, str] = MappingProxyType({})
+) -> Examples[RankedExample]:
+    """`asked`: columns that go along with the replies, and who asks for them."""
     limit = _LengthLimit(config.max_length, config.too_long)
-    rows = _read(path, "ranking", config)
+    rows = _read(path, "ranking", config, asked=asked)
     examples, same = [], 0
     for row in rows.rows:
         turns = [template.response(row.fields["prompt"], reply, row.where) for reply in row.fields["responses"]]
@@ -188,7 +193,8 @@ def ranked_examples(path: str, config: Reading, template: Template) -> Examples[
         if not limit.allows(len(prompt) + max(len(reply) for _, reply in turns), row.where, len(prompt)):
             continue
         prompt, replies = _cut(prompt, [reply for _, reply in turns], config.max_length)
-        example = RankedExample(prompt, replies, row.fields["ranks"], row.fields["margin"], row.where)
+        others = {name: row.others[name] for name in asked}
+        example = RankedExample(prompt, replies, row.fields["ranks"], row.fields["margin"], row.where, others)
         same += comb(len(replies), 2) - len(example.comparisons)
         if example.comparisons:
             examples.append(example)

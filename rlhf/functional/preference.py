@@ -47,11 +47,11 @@ def accuracy(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Floa
     return torch.where(chosen == rejected, 0.5, (chosen > rejected).to(chosen.dtype))
 
 
-def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int | float, z: float = 1.959964) -> tuple[float, float]:
     """Interval of a success rate (Wilson 1927, J. Am. Stat. Assoc. 22, 209-212), 95% for the default z.
 
     It stays inside 0..1 and has a width even at 0 or all successes. No trials say nothing: (0, 1).
-    `successes` may be fractional, as ties count one half.
+    `successes` may be fractional, as ties count one half; so may `trials`, where a prompt counts in part.
     """
     if trials == 0:
         return 0.0, 1.0

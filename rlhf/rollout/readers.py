@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhf.config.rewards import Reward, RewardSource, kind_of
+from rlhf.config.rewards import Reward, RewardSource, Scoring, kind_of
 from rlhf.config.sections import Data
 from rlhf.data.examples import PromptExample
 from rlhf.data.order import chunks
@@ -45,10 +45,15 @@ def open_readers(config: Reward, data: Data) -> dict[str, Reader]:
     Raises:
         DataError, ConfigError: one cannot be loaded or may not be asked, or asks for a column that the data do not have.
     """
+    return open_readers_of(config, filter(None, (data.train, data.eval)), data.max_line_bytes)
+
+
+def open_readers_of(config: Scoring, files: Iterable[str], max_line_bytes: int) -> dict[str, Reader]:
+    """As `open_readers`, of files by their names."""
     readers = {name: reader for name, part in config.parts.items() if (reader := _open_reader(part, config)) is not None}
-    for file in filter(None, (data.train, data.eval)):
+    for file in files:
         for reader in readers.values():
-            _require_columns(reader, file, data.max_line_bytes)
+            _require_columns(reader, file, max_line_bytes)
     return readers
 
 
@@ -61,7 +66,7 @@ def open_scorers(sources: Iterable[str], config: Reward, data: Data) -> list[Rea
     return scorers
 
 
-def _open_reader(part: RewardSource, config: Reward) -> Reader | None:
+def _open_reader(part: RewardSource, config: Scoring) -> Reader | None:
     match kind_of(part.source):
         case "service":
             return RewardService(part.source, config.timeout_s, config.retries, config.allow_private, config.allow_hosts)
@@ -84,7 +89,7 @@ def _require_columns(reader: Reader, file: str, max_line_bytes: int) -> None:
         )
 
 
-def columns_asked(config: Reward, readers: Iterable[Reader]) -> dict[str, str]:
+def columns_asked(config: Scoring, readers: Iterable[Reader]) -> dict[str, str]:
     """Every column that a reader or `minus_answer` asks for, and one who does."""
     of_answers = {part.answer: f"{part.source} (minus_answer)" for part in config.parts.values() if part.minus_answer}
     return of_answers | {column: reader.source for reader in readers for column in reader.columns}

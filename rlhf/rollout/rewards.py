@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.rewards import Reward, kind_of
+from rlhf.config.rewards import Scoring, kind_of
 from rlhf.data.collate import Row, last_row, token_batch
 from rlhf.data.examples import PromptExample
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 from rlhf.functional.rewards import combine_scores
 from rlhf.models.roles import RewardModel
 from rlhf.rollout.engines import Samples
@@ -72,14 +72,20 @@ Source = Callable[[Replies], Sequence[float | None]]
 
 
 def open_reward(
-    config: Reward,
+    config: Scoring,
     readers: Mapping[str, Reader],
     models: Mapping[str, RewardModel],
-    template: Template,
+    template: Template | None,
     micro_batch_size: int,
     most: Callable[[int], int] = lambda count: count,
 ) -> CombinedReward:
-    """`most` gives the largest of a number over all ranks, which call a model that they divide equally often."""
+    """`most` gives the largest of a number over all ranks, which call a model that they divide equally often.
+
+    Args:
+        template: of the policy; None where replies are texts, whose tokens nothing may then ask for.
+    """
+    if template is None:
+        _require_texts(config, readers)
     sources: dict[str, Source] = {}
     for name, part in config.parts.items():
         if name in readers:
@@ -87,20 +93,34 @@ def open_reward(
         elif name in models:
             source = ModelReward(part.source, models[name], micro_batch_size, most)
         else:
+            assert template is not None
             source = CountReward(part.source.removeprefix("count:"), template.tokenizer)
-        sources[name] = MinusAnswer(source, part.answer, template) if part.minus_answer else source
-    return CombinedReward(config, sources, template.tokenizer)
+        if part.minus_answer:
+            assert template is not None
+            source = MinusAnswer(source, part.answer, template)
+        sources[name] = source
+    return CombinedReward(config, sources, template and template.tokenizer)
+
+
+def _require_texts(config: Scoring, readers: Mapping[str, Reader]) -> None:
+    for name, part in config.parts.items():
+        if part.minus_answer or kind_of(part.source) == "count" or "tokens" in getattr(readers.get(name), "takes", ()):
+            what = "minus_answer" if part.minus_answer else part.source
+            raise ConfigError(f"reward: {what} goes by the tokens of a policy, and these replies are texts; leave it out")
 
 
 class CombinedReward:
     """(samples, what was asked) -> `Scores`, whatever the sources are."""
 
-    def __init__(self, config: Reward, sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: Scoring, sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.config, self.sources, self.tokenizer = config, sources, tokenizer
 
     def __call__(self, samples: Samples, asked: Sequence[PromptExample]) -> Scores:
+        assert self.tokenizer is not None
         texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in samples.responses]
-        replies = Replies(asked, samples.responses, texts, samples.finished, samples.prompts)  # pyright: ignore
+        return self.of(Replies(asked, samples.responses, texts, samples.finished, samples.prompts))  # pyright: ignore
+
+    def of(self, replies: Replies) -> Scores:
         found = {name: source(replies) for name, source in self.sources.items()}
         kept = torch.tensor([all(score is not None for score in row) for row in zip(*found.values(), strict=True)])
         components = {name: torch.tensor([math.nan if s is None else s for s in scores]) for name, scores in found.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rlhf.config.rewards import Reward
+from rlhf.config.rewards import Scoring
 from rlhf.errors import CheckFailed
 from rlhf.runs.lineage import run_of
 from rlhf.runs.manifest import MANIFEST, read_json
 
 
-def reward_gate(reward: Reward) -> list[str]:
+def reward_gate(reward: Scoring) -> list[str]:
     """A note for each reward model of a run of `rlhf rm` that was not evaluated; one from elsewhere is taken as it is.
 
     Raises:

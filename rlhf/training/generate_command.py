@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from rlhf.config.commands import GenerateConfig
 from rlhf.config.parse import Invocation
 from rlhf.data.examples import prompt_examples
 from rlhf.data.rows import Row
-from rlhf.errors import DataError, OutputError, StorageError
+from rlhf.errors import DataError
 from rlhf.models.precision import precisions
 from rlhf.report.console import Console
 from rlhf.rollout.steps import Schema
 from rlhf.training.inference import load_actor
+from rlhf.training.output_file import require_new, write
 
 
 def generate(invocation: Invocation[GenerateConfig]) -> int:
-    config, console, output = invocation.config, Console("generate", speak=True), Path(invocation.config.output)
-    _check_output(output)
+    config, console, output = invocation.config, Console("generate", speak=True), require_new(invocation.config.output)
     schema = None if config.json_schema is None else Schema(config.json_schema)
     policy = load_actor(config.model, template=config.data.template, trust_remote_code=config.trust_remote_code)
     found = prompt_examples(config.data.file, config.data, policy.template)
@@ -44,7 +42,7 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
         for suffix, reply in zip(suffixes.values(), of_one, strict=True):
             line |= {f"{field}{suffix}": value for field, value in zip(REPLY, (reply.text, reply.finished), strict=True)}
         lines.append(line)
-    _write(output, lines)
+    write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result: dict[str, Any] = {"output": str(output), "replies": len(lines)}
     result["finished"] = {name: sum(reply.finished for reply in replies[name]) for name in suffixes}
     if schema and (cut := len(lines) * len(asked) - sum(result["finished"].values())):
@@ -71,21 +69,3 @@ def _beside(row: Row, names: list[str]) -> dict[str, Any]:
         if name in row.others:
             raise DataError(f"{row.where}: has a column {name!r}, which is the name of one that is written; rename it")
     return {"prompt": row.fields["prompt"], **row.others}
-
-
-def _check_output(file: Path) -> None:
-    if file.exists():
-        raise OutputError(f"{file}: is there already; name another file in --output, or remove it")
-    if not file.parent.is_dir():
-        raise OutputError(f"{file}: there is no directory {file.parent}")
-
-
-def _write(file: Path, lines: list[dict[str, Any]]) -> None:
-    """The file appears complete or not at all."""
-    partial = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{file}: cannot be written: {error.strerror}") from error

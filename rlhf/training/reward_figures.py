@@ -80,14 +80,14 @@ def require_decided(examples: Sequence[RankedExample], path: str) -> None:
 def counted(examples: Sequence[RankedExample]) -> dict[str, float]:
     """How many pairs there are, and how often the longer reply (in tokens) is the better one: what length alone would get."""
     pairs = comparisons(examples, like=torch.empty(0, dtype=torch.float64))
-    lengths = _lengths(examples)
+    lengths = lengths_of(examples)
     longer = accuracy(lengths[pairs.better], lengths[pairs.worse])
     return {"pairs": len(pairs.better), "longer_wins": _mean(longer, pairs.decided)}
 
 
 def figures(examples: Sequence[RankedExample], scores: Tensor, alone: Tensor) -> dict[str, float]:
     """What `score_all` and `score_alone` come to. Ties count in `loss` alone, accuracy's interval is Wilson's, 95%."""
-    pairs, lengths = comparisons(examples, like=scores), _lengths(examples)
+    pairs, lengths = comparisons(examples, like=scores), lengths_of(examples)
     chosen, rejected = scores[pairs.better], scores[pairs.worse]
     right, longer_by = accuracy(chosen, rejected), lengths[pairs.better] - lengths[pairs.worse]
     prompts = round(float(pairs.decided.sum()))
@@ -174,7 +174,7 @@ class Scale:
         )
 
 
-def _lengths(examples: Sequence[RankedExample]) -> Tensor:
+def lengths_of(examples: Sequence[RankedExample]) -> Tensor:
     """(R,) tokens of every reply."""
     return torch.tensor([len(reply) for example in examples for reply in example.replies], dtype=torch.float64)
 

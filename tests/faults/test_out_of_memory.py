@@ -126,9 +126,9 @@ def test_a_command_ends_so_too(function, advice, world, tmp_path):
     """2^50 bytes are more than an address space has."""
 
     def evaluate() -> None:
-        from rlhf.training import evaluate_command
+        from rlhf.training.evaluation import rows
 
-        setattr(evaluate_command, function, lambda *_: torch.empty(2**50, dtype=torch.uint8))
+        setattr(rows, function, lambda *_: torch.empty(2**50, dtype=torch.uint8))
         raise SystemExit(cli.main(["eval", str(world / "model"), "--data", str(world / "sft.jsonl")]))
 
     log = tmp_path / "log"

@@ -219,7 +219,7 @@ def test_replies_of_both_precisions(llamas, tmp_path, capsys):
         ("eval model --data sft.jsonl --precision fp8 --fp8.keep *.nothing", 78, "'*.nothing' matches no layer"),
         ("eval model --dat sft.jsonl", 78, "--dat: unknown flag; did you mean `--data"),
         ("eval model model --data sft.jsonl", 2, "`model`: expected a flag"),
-        ("eval model", 78, "data.file: missing (Rows: a .jsonl, .jsonl.gz, .json or .parquet file); give --data"),
+        ("eval model", 78, "neither is given: give --data or --prompts"),
         ("eval critic --data pairs.jsonl --data.loss-on all", 78, "data.loss_on: critic is a reward model"),
         ("eval gpt2 --data sft.jsonl --precision both", 78, "no layer of GPT2LMHeadModel can run in FP8"),
         ("generate model --data prompts.jsonl --output prompts.jsonl", 73, "prompts.jsonl: is there already"),

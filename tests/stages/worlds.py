@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import flags, run
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.training.tiny import WORDS, write_tiny_model
 
@@ -65,3 +65,30 @@ def reward(llamas, tmp_path_factory):
     arguments = flags("rm", llamas, directory / "rm", **more)
     assert run("rm", arguments, directory / "log") == 0, (directory / "log").read_text()
     return directory / "rm"
+
+
+@pytest.fixture(scope="session")
+def models(llamas, tmp_path_factory) -> Path:
+    """model/, worse/ (the same, much too sure of itself), uniform/ (every token as likely), other/ (another tokenizer)."""
+    directory = tmp_path_factory.mktemp("models")
+    for name, factor in (("model", 1.0), ("worse", 20.0), ("uniform", 0.0)):
+        shutil.copytree(llamas / "model", directory / name)
+        model = AutoModelForCausalLM.from_pretrained(llamas / "model")
+        model.lm_head.weight.data *= factor
+        model.save_pretrained(directory / name)
+    shutil.copytree(llamas / "model", directory / "other")
+    tokenizer = AutoTokenizer.from_pretrained(llamas / "model")
+    tokenizer.add_tokens(["z"])
+    tokenizer.save_pretrained(directory / "other")
+    model = AutoModelForCausalLM.from_pretrained(llamas / "model")
+    model.resize_token_embeddings(16)
+    model.save_pretrained(directory / "other")
+    shutil.copytree(llamas / "critic", directory / "critic")
+    for name in ("sft", "pairs", "prompts"):
+        shutil.copy(llamas / f"{name}.jsonl", directory)
+    rows = [
+        {**row, "source": "web" if at % 3 else "book"}
+        for at, row in enumerate(map(json.loads, (llamas / "pairs.jsonl").read_text().splitlines()))
+    ]
+    (directory / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory

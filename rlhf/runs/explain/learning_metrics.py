@@ -178,6 +178,51 @@ LEARNING_METRICS = (
         "more prompts; see docs/troubleshooting.md",
     ),
     Entry(
+        "eval/lost",
+        "`rlhf eval --base`: loss gained (nats per token), or accuracy gone, since the base, on the same rows; 95% interval by "
+        "the paired bootstrap",
+        "0 in the interval, or below 0",
+        "its interval above 0: the model is worse on these rows than what it was made from; above max_forgetting the command "
+        "ends with exit code 1",
+        ("trained too long or at too high a rate", "nothing held it near its base (kl.coef, loss.beta)",
+         "the rows are unlike those of the training, which is what the command is for"),
+        "fewer steps, a lower optimizer.lr, a larger kl.coef or loss.beta; such rows among the training rows (ptx in PPO)",
+    ),
+    Entry(
+        "eval/win_rate",
+        "`rlhf eval --against`: part of the prompts where the reply is better than the other policy's, a tie half, 0 to 1; 95% "
+        "interval by Wilson",
+        "the interval above 0.5",
+        "0.5 lies in the interval: no difference that these prompts show; below: the other policy is better",
+        ("too few prompts", "both policies are much alike: many ties",
+         "the reward it was trained on is not the one that judges"),
+        "200 prompts and more; read the replies in --output; a judge other than the reward of the training",
+    ),
+    Entry(
+        "eval/agreed",
+        "`rlhf eval --judge`: pairs that the judge decided alike in both orders of the replies; a count beside eval/asked",
+        "most of those asked",
+        "few: its answers follow the order of the replies, and most pairs count as ties",
+        ("a weak judge model", "a prompt of the judge that does not say what better is", "replies that hardly differ"),
+        "see eval/first; another judge, or a clearer question in its prompt",
+    ),
+    Entry(
+        "eval/asked",
+        "`rlhf eval --judge`: pairs of replies that differ, each asked about in both orders; a count",
+        "nearly all prompts",
+        "few: both policies mostly say the same",
+        ("the policies are the same or nearly so", "temperature 0 and like weights", "one token answers"),
+        "a temperature above 0; prompts with longer answers",
+    ),
+    Entry(
+        "eval/first",
+        "`rlhf eval --judge`: part of the judge's answers (ties left out) that were for the reply shown first, 0 to 1",
+        "near 0.5",
+        "near 1 or 0: the judge goes by the place and not by the reply",
+        ("a weak judge model", "an answer that is read wrongly", "replies that hardly differ"),
+        "another judge; look at what it prints for a pair given both ways",
+    ),
+    Entry(
         "eval/pairs",
         "held-out pairs that an evaluation is of; a count",
         "200 and more: then the interval is 7 points to either side at most",
