@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import fields
-from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig
+from rlhf.config.commands import COMMANDS, EvalConfig, GenerateConfig, RecordConfig
 from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
@@ -123,6 +123,8 @@ def parse(stage: Literal["grpo"], argv: Sequence[str]) -> Invocation[GrpoConfig]
 def parse(stage: Literal["generate"], argv: Sequence[str]) -> Invocation[GenerateConfig]: ...
 @overload
 def parse(stage: Literal["eval"], argv: Sequence[str]) -> Invocation[EvalConfig]: ...
+@overload
+def parse(stage: Literal["compare"], argv: Sequence[str]) -> Invocation[RecordConfig]: ...
 @overload
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Stage]: ...
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:
