@@ -298,6 +298,15 @@ def test_commands_of_the_evaluation_page_run(user, monkeypatch):
     assert json.loads((user / "lengths.jsonl").read_text())["score"] == 2
 
 
+def test_commands_of_the_compare_page_run(user):
+    """But for those on runs, which there are none of. Two precisions differ, and nothing else does."""
+    commands = re.findall(r"^ {4}rlhf (compare [^#\n]*)", (ROOT / "docs" / "compare.md").read_text(), re.M)
+    codes = {command: main(command.split()) for command in commands if "runs/" not in command and "megatron" not in command}
+    assert len(codes) == 3
+    assert {code for command, code in codes.items() if "--record" in command} == {0}
+    assert [code for command, code in codes.items() if "--record" not in command] == [1]
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_pages_name_commands_that_exist(page):
     words = set(re.findall(r"(?:^ {4}|`)rlhf ([a-z][a-z0-9-]*)", page.read_text(), re.M))

@@ -67,7 +67,7 @@ def write(conversion: Conversion, progress: Progress = lambda _: None) -> None:
 def _fill(conversion: Conversion, directory: Path, progress: Progress) -> None:
     target = conversion.target
     for check in conversion.checks:
-        _hold(check)
+        hold(check)
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(WRITERS) as writers:
         source_digests = writers.submit(lambda: {file: file_digest(file) for file in conversion.source.files})
@@ -107,7 +107,8 @@ def _parts(step: Step) -> Iterator[tuple[Tensor, str, str]]:
         yield part, file, key
 
 
-def _hold(check: Check) -> None:
+def hold(check: Check) -> None:
+    """Raises DataError where what must be equal, or zero, is not."""
     found = check.stored.read()
     if check.equal_to is None:
         if found.any():

@@ -192,11 +192,35 @@ class ScoreConfig(Section):
     """Run the Python code that comes with a model. A Hub model must then be pinned to a commit (`id@40 hex digits`)."""
 
 
+class RecordConfig(Inference):
+    """What each module of a model gives on fixed tokens, in a file that `rlhf compare` compares with another."""
+
+    record: Place
+    """The .safetensors file to write."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """bf16: autocast over fp32 weights; fp8: linear layers by `fp8.recipe`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    data: Place | None = None
+    """Chats, prompts with completions or text; none: tokens drawn from a fixed seed."""
+    rows: Count = 2
+    """How many rows: the first of the data."""
+    tokens: Annotated[int, Field(ge=2)] = 32
+    """Longest row, in tokens; the rest of a longer one is left out."""
+
+
 COMMANDS: dict[str, type[Section]] = {
     "chat": ChatConfig,
+    "compare": RecordConfig,
     "generate": GenerateConfig,
     "eval": EvalConfig,
     "score": ScoreConfig,
 }
-POSITIONALS = {"chat": ("model",), "generate": ("model",), "eval": ("model",), "score": ("reward", "data")}
+POSITIONALS = {
+    "chat": ("model",),
+    "compare": ("model",),
+    "generate": ("model",),
+    "eval": ("model",),
+    "score": ("reward", "data"),
+}
 """Flags that may be given by their place, in front of all others."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import fields
-from rlhf.config.commands import COMMANDS, POSITIONALS, ChatConfig, EvalConfig, GenerateConfig, ScoreConfig
+from rlhf.config.commands import COMMANDS, POSITIONALS, ChatConfig, EvalConfig, GenerateConfig, RecordConfig, ScoreConfig
 from rlhf.config.load import find_config, load
 from rlhf.config.machines import Machines, machines_of, whole_number
 from rlhf.config.schema import SHORT_FLAGS, STAGES, DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RmConfig, SftConfig, Stage
@@ -127,6 +127,8 @@ def parse(stage: Literal["generate"], argv: Sequence[str]) -> Invocation[Generat
 def parse(stage: Literal["eval"], argv: Sequence[str]) -> Invocation[EvalConfig]: ...
 @overload
 def parse(stage: Literal["score"], argv: Sequence[str]) -> Invocation[ScoreConfig]: ...
+@overload
+def parse(stage: Literal["compare"], argv: Sequence[str]) -> Invocation[RecordConfig]: ...
 @overload
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Stage]: ...
 def parse(stage: str, argv: Sequence[str]) -> Invocation[Any]:

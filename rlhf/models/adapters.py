@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rlhf.data.collate import TokenBatch
 from rlhf.models.actor_critic import ActorCritic, Output, told_by, unwrapped
 from rlhf.models.heads import HEAD
-from rlhf.models.trunk import Trunk
+from rlhf.models.trunk import Trunk, checkpoint_activations
 
 ACTOR, CRITIC, REFERENCE, REWARD = "actor", "critic", "reference", "reward"
 TRAINED = (ACTOR, CRITIC)
@@ -46,9 +46,7 @@ class AdaptedBase(ActorCritic):
         inner = base.get_base_model()
         if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
             # Non-reentrant checkpointing computes layers again in backward, when another role's adapter may be active.
-            inner.gradient_checkpointing_enable(  # pyright: ignore[reportCallIssue]
-                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._forward_and_recomputation}
-            )
+            checkpoint_activations(inner, context_fn=self._forward_and_recomputation)  # pyright: ignore[reportArgumentType]
 
     def forward(
         self, batch: TokenBatch, roles: tuple[str, ...] = TRAINED, temperature: float = 1.0, entropy: bool = False

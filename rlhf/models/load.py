@@ -33,7 +33,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.models.heads import HEAD, bias_from_config, initialise_head
 from rlhf.models.remote_code import check_remote_code, refused
 from rlhf.models.source import Source, resolve
-from rlhf.models.trunk import attend_by_segments
+from rlhf.models.trunk import attend_by_segments, checkpoint_activations
 
 transformers_logging.set_verbosity_error()  # its load report is replaced by our own, stricter one
 transformers_logging.disable_progress_bar()
@@ -255,7 +255,7 @@ def _finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
     if loading.attention == "sdpa":
         attend_by_segments(model)
     if loading.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
 
 

@@ -114,6 +114,15 @@ def takes_one_sequence(model: PreTrainedModel) -> bool:
     return config.model_type in (WINDOWED if windows else BY_ATTENTION_ALONE)
 
 
+def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Layers keep their input alone and compute the rest again in the backward pass; `options` are torch's."""
+    options = {"use_reentrant": False, **options}
+    if hasattr(model, "activation_checkpointing_enable"):  # since transformers 5.23, which warns of the older name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def compile_layers(model: PreTrainedModel, frozen: int) -> None:
     """All but the frozen ones, each by itself and for any length: what is compiled is one layer, with and without gradients."""
     for layer in lower_layers(model, model.config.get_text_config().num_hidden_layers)[frozen:]:

@@ -1,64 +1,124 @@
-"""What a person sees while a run goes on: notes, a progress line on a terminal, plain lines in a log file."""
+"""What a person sees while a run goes on: notes; on a terminal the last steps in a table above a bar; else plain lines."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 PLAIN_EVERY_SECONDS = 10.0
 """A log file gets a progress line this often; a terminal is redrawn in place."""
+WIDEST = 1000
+"""Columns of a terminal in which any table has room."""
+ROWS = 6
+"""Steps in the table: with its head and the bar it takes a third of a terminal of 24 lines."""
+Row = tuple[int, dict[str, float], str]
+"""Step, its metrics by name, its tokens a second."""
 
 
 class Console:
-    """Silent on every rank but the first."""
+    """Silent on every rank but the first.
 
-    def __init__(self, stage: str, speak: bool) -> None:
+    Args:
+        rich: where to write; without it stderr.
+    """
+
+    def __init__(self, stage: str, speak: bool, rich: RichConsole | None = None) -> None:
         self.stage, self.speak = stage, speak
-        self.rich = RichConsole(soft_wrap=True, highlight=False, stderr=True)
-        self.progress: Progress | None = None
+        self.rich = rich or RichConsole(soft_wrap=True, highlight=False, stderr=True)
+        self.rows: deque[Row] = deque(maxlen=ROWS)
+        self.live: Live | None = None
+        columns = TextColumn(stage), BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%  {task.fields[text]}")
+        self.bar = Progress(*columns, console=self.rich)
+        self.done = self.bar.add_task(stage, total=1.0, text="")
         self.started, self.tokens, self.last_line, self.first_fraction = time.monotonic(), 0.0, 0.0, None
+        self.last_step: float | None = None
 
     def note(self, text: str) -> None:
         if self.speak:
             self.rich.print(f"[bold]{self.stage}[/bold]  {_escaped(text)}")
 
-    def step(self, step: int, fraction: float, tokens: float, shown: Mapping[str, float]) -> None:
-        """One step is done, `fraction` of the run; `tokens` it handled; `shown` are the few metrics worth a glance."""
+    def step(
+        self,
+        step: int,
+        fraction: float,
+        tokens: float,
+        shown: Mapping[str, float],
+        table: Mapping[str, float] | None = None,
+    ) -> None:
+        """One step is done, `fraction` of the run; `tokens` it handled; `shown` are the few metrics worth a glance.
+
+        Args:
+            table: those for the table, by their whole names, where that is more.
+        """
         if not self.speak:
             return
         self.tokens += tokens
         if self.first_fraction is None:
             self.started, self.tokens, self.first_fraction = time.monotonic(), 0.0, fraction
-        elapsed = time.monotonic() - self.started
+        now = time.monotonic()
+        elapsed = now - self.started
         gained = fraction - self.first_fraction
         left = f"{_clock(elapsed / gained * (1 - fraction))} left" if gained > 0 else ""
         speed = f"{self.tokens / elapsed:,.0f} tokens/s" if elapsed > 0 and self.tokens else ""
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self.rich.is_terminal:
-            self._bar().update(self._bar().task_ids[0], completed=fraction, text=f"step {step}  {metrics}  {speed}  {left}")
-        elif time.monotonic() - self.last_line > PLAIN_EVERY_SECONDS or fraction >= 1:
-            self.last_line = time.monotonic()
+        if self.rich.is_terminal and not self.rich.is_dumb_terminal:
+            self.rows.append((step, dict(shown if table is None else table), self._own_speed(now, tokens)))
+            self._draw(fraction, f"step {step}  {speed}  {left}")
+        elif now - self.last_line > PLAIN_EVERY_SECONDS or fraction >= 1:
+            self.last_line = now
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.rich.print(f"{self.stage}  {fraction:4.0%}  step {step}  {metrics}  {speed}  {left}")
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        """The terminal is as it was: the cursor is there, what is printed goes where it did."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
-    def _bar(self) -> Progress:
-        if self.progress is None:
-            columns = (
-                TextColumn(self.stage),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:3.0f}%  {task.fields[text]}"),
-            )
-            self.progress = Progress(*columns, console=self.rich, transient=True)
-            self.progress.add_task(self.stage, total=1.0, text="")
-            self.progress.start()
-        return self.progress
+    def abandon(self) -> None:
+        """The process is about to end inside a signal handler, where nothing may be waited for: a cursor, at least."""
+        if self.live is not None:
+            os.write(2, b"\x1b[?25h\n")
+
+    def _own_speed(self, now: float, tokens: float) -> str:
+        """Tokens a second of this step; the first has no beginning."""
+        before, self.last_step = self.last_step, now
+        return f"{tokens / (now - before):,.0f}" if before is not None and now > before and tokens else ""
+
+    def _draw(self, fraction: float, text: str) -> None:
+        if self.live is None:
+            self.live = Live(console=self.rich, get_renderable=self._drawn, transient=True)
+            self.live.start()
+        self.bar.update(self.done, completed=fraction, text=text)
+
+    def _drawn(self) -> RenderableType:
+        """With as many metrics as the terminal has room for, the first of them first."""
+        rows = list(self.rows)  # the thread that draws is not the one that adds
+        names = list(dict.fromkeys(name for _, values, _ in rows for name in values))
+        while names:
+            table = _table(rows, names)
+            if Measurement.get(self.rich, self.rich.options.update(max_width=WIDEST), table).maximum <= self.rich.width:
+                return Group(table, self.bar)
+            names.pop()
+        return self.bar
+
+
+def _table(rows: Sequence[Row], names: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for head in ("step", *(re.sub("[/_]", "\n", name) for name in names), "tokens/s"):
+        table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
+    for step, values, speed in rows:
+        table.add_row(str(step), *(f"{values[name]:.4g}" if name in values else "" for name in names), speed)
+    return table
 
 
 def _clock(seconds: float) -> str:

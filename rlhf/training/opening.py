@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
         train.peers = train.gather(Peer.this(train.rank))
         stop.end_at_once_if = lambda: lost(train.peers)
         _open_run(train, stack)
-        stop.before_ending_at_once = lambda number: record(train, Preempted(number))
+        stop.before_ending_at_once = partial(_end_at_once, train)
         try:
             _require_one_directory(train)
             if train.world_size > 1:
@@ -70,6 +71,11 @@ def open_training(stage: str, config: Stage, resume: Resume | None = None) -> It
             if cause is error:
                 raise
             raise cause from error
+
+
+def _end_at_once(train: Training, number: int) -> None:
+    train.console.abandon()
+    record(train, Preempted(number))
 
 
 def _named(run: Path) -> dict[str, dict[str, str]]:

@@ -47,6 +47,9 @@ from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.profiling import Profiler, ranged
 from rlhf.training.signals import StopRequest
 
+IN_TABLE = ("rollout/length", "optimizer/lr")
+"""Metrics in a terminal's table beside those that a stage shows."""
+
 
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
@@ -354,6 +357,7 @@ class Training:
                 min(after, 1.0),
                 tokens,
                 {name.split("/")[-1]: values[name] for name in show if name in values},
+                {name: values[name] for name in (*show, *IN_TABLE) if name in values},
             )
         return values
 

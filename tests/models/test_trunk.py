@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.data.collate import last_row, reply_row, token_batch
 from rlhf.models import trunk
 from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.trunk import BY_SEGMENTS, attend_by_segments
+from rlhf.models.trunk import BY_SEGMENTS, attend_by_segments, checkpoint_activations
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
@@ -156,7 +156,7 @@ def test_logits_in_parts_are_the_whole(checkpointing, monkeypatch):
     actor, _ = models("cohere", logit_scale=0.25)
     attend_by_segments(actor)  # pyright: ignore[reportArgumentType]
     if checkpointing:
-        actor.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+        checkpoint_activations(actor.train())  # pyright: ignore[reportArgumentType]
     batch = token_batch(reply_row(*row) for row in ROWS)
     results = []
     largest: list[int] = []
