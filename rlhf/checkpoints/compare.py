@@ -78,11 +78,14 @@ def _difference(name: str, one: Readers, other: Readers) -> TensorDifference | N
     if a.shape != b.shape:
         return TensorDifference(name, f"shape {list(a.shape)} and {list(b.shape)}")
     types = f", {_type(a)} and {_type(b)}" if a.dtype != b.dtype else ""
-    if not types and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+    if not types and torch.equal(*(side.contiguous().reshape(-1).view(torch.uint8) for side in (a, b))):
         return None
     a, b = a.double(), b.double()
     gap = a - b
     norm = float(a.norm())
+    if not gap.isfinite().all():
+        counts = [int((~side.isfinite()).sum()) for side in (a, b)]
+        return TensorDifference(name, f"NaN or infinity in {counts[0]} and {counts[1]} of {gap.numel()} places{types}")
     relative = float(gap.norm()) / norm if norm else float("inf") if gap.any() else 0.0
     largest = float(gap.abs().max()) if gap.numel() else 0.0
     return TensorDifference(name, f"largest {largest:.3g}, relative {relative:.3g}{types}", largest, relative)

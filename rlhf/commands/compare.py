@@ -47,6 +47,8 @@ def run(argv: list[str]) -> int:
     for place, recording in zip(places, recordings, strict=True):
         if not place.is_dir() and not recording:
             raise DataError(f"{place}: no such directory; compare takes two runs, two models, or two recordings")
+        if (stages := sorted(file.parent.name for file in place.glob(f"*/{MANIFEST}"))) and not (place / MANIFEST).is_file():
+            raise UsageError(f"{place} is a pipeline: compare its stages one by one ({', '.join(stages)})")
     runs = [(place / MANIFEST).is_file() for place in places]
     of_runs, of_recordings = all(runs) and not given.weights, any(recordings)
     for flag, value, meant in (
@@ -65,7 +67,7 @@ def run(argv: list[str]) -> int:
         found, lines = _runs(*places)
     else:
         if any(runs) and not all(runs) and not given.weights:
-            raise UsageError(f"{places[not runs[0]]} is no run and the other is; --weights compares the run's model with it")
+            raise UsageError(f"{places[runs[0]]} is no run and the other is; --weights compares the run's model with it")
         found, lines = _weights(_model(given.one), _model(given.other), given.config)
     print(json.dumps(found, indent=2) if given.as_json else "\n".join(lines))
     return 0 if found["equal"] else 1
@@ -136,5 +138,5 @@ def _model(place: Path) -> Path:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "not there" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

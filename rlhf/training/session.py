@@ -84,9 +84,8 @@ class Training:
         self.run = Path(config.output)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
-        self.metrics, self.samples = Records(self.run / "metrics.jsonl"), Records(self.run / "samples.jsonl")
-        self.notes = Records(self.run / NOTES)
-        self.alarms = Records(self.run / "alarms.jsonl")
+        names = "metrics.jsonl", "samples.jsonl", NOTES, "alarms.jsonl"
+        self.metrics, self.samples, self.notes, self.alarms = (Records(self.run / name) for name in names)
         self.pause_for = ""
         """Why the run is to be saved and stopped when the step at hand is done, on every rank; empty: it is not."""
         self.manifest: dict[str, Any] = {}

@@ -91,21 +91,24 @@ def test_tensors_by_hand(tmp_path, capsys):
         "gone": torch.zeros(1),
         "typed": torch.ones(2),
         "cut": torch.ones(4),
+        "scale": torch.tensor(1.0),
+        "broken": torch.tensor([1.0, float("nan")]),
     }
     other = {"same": torch.ones(3), "moved": torch.tensor([3.0, 4.5]), "new": torch.zeros(1), "typed": torch.ones(2).bfloat16(),
-             "cut": torch.ones(2)}  # fmt: skip
+             "cut": torch.ones(2), "scale": torch.tensor(1.0), "broken": torch.tensor([1.0, 2.0])}  # fmt: skip
     for name, tensors in (("one", one), ("other", other)):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     code, found = compare(tmp_path / "one", tmp_path / "other", capsys=capsys)
     assert code == 1
     told = {part["name"]: part for part in found["differing"]}
-    assert (found["tensors"], found["equal_tensors"]) == (6, 1)
+    assert (found["tensors"], found["equal_tensors"]) == (8, 2)
     assert told["moved"]["largest"] == 0.5
     assert told["moved"]["relative"] == pytest.approx(0.1)
     assert told["gone"]["what"] == "only in the first"
     assert told["new"]["what"] == "only in the second"
     assert "float32 and bfloat16" in told["typed"]["what"]
+    assert told["broken"]["what"] == "NaN or infinity in 1 and 0 of 2 places"
     assert told["cut"]["what"] == "shape [4] and [2]"
 
 
@@ -133,3 +136,15 @@ def test_a_saved_model_that_was_touched(runs, tmp_path, capsys):
 def test_mistakes_are_one_message(words, code, told, runs, capsys):
     assert main(["compare", *(str(runs / word) for word in words)]) == code
     assert told in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(runs / "a", tmp_path / "pipeline" / "sft")
+    for words, said in (
+        ((tmp_path / "pipeline", tmp_path / "pipeline"), "is a pipeline: compare its stages one by one (sft)"),
+        ((runs / "a", runs / "a" / "model"), f"{runs / 'a' / 'model'} is no run and the other is"),
+        ((runs / "a" / "model", runs / "a"), f"{runs / 'a' / 'model'} is no run and the other is"),
+    ):
+        assert main(["compare", *map(str, words)]) == 2
+        assert said in capsys.readouterr().err
