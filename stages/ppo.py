@@ -84,8 +84,6 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
         reward = open_reward(config.reward, readers, roles.rewards, template, config.micro_batch_size, train.most)
 
-        if config.reward.pairs and config.reward.gate:
-            judge_reward(train, config, readers, reward, template)
         prompts, held_out = read_prompts(train, config, roles, template, [*readers.values()], scorers)
         running, kl = RunningScores(), controller(config.kl.controller, config.kl.coef, config.kl.target, config.kl.horizon)
         ahead = Ahead(train.rank, train.world_size, train.gather)
@@ -99,6 +97,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         policy = train.prepare(roles.policy, config.optimizer, config.schedule, batches.length)
         roles.prepared(roles.policy, policy)
         roles.calibrate([prompts[index].ids for index in batches[0]], config.micro_batch_size)
+        judge_reward(train, config, readers, reward, template)
         engine = open_engine(rollout, train, roles.stop_ids, roles.pad_id)
         engine.sync(policy, version=train.step_done)
         require_parity(engine, policy, [prompt.ids for prompt in prompts], config, train)

@@ -124,15 +124,15 @@ def groups_that_teach(scored: Scored, size: int, config: Reward, running: Runnin
 
 def described(experience: Experience, scores: Tensor, config: Reward, kl_coef: float) -> dict[str, float]:
     """Means over all replies, whatever the estimator."""
-    mask = experience.mask
+    mask, replies = experience.mask, experience.replies
     stats = {
         **score_stats(experience, config),
         "reward/shaped": masked_mean(scores, experience.scored).item(),
         "rollout/length": mask.sum(1).double().mean().item(),
         "rollout/ended": experience.finished.double().mean().item(),
         "rollout/count": float(len(experience)),
-        "rollout/repeated": sum(map(repeated, experience.replies)) / len(experience),
-        "rollout/distinct": distinct(experience.replies),
+        "rollout/repeated": sum(map(repeated, replies)) / len(replies),
+        "rollout/distinct": distinct(replies),
         "policy/entropy": -masked_mean(experience.logprobs, mask).item(),
         "kl/coef": kl_coef,
     }

@@ -24,5 +24,10 @@ def distinct(replies: Sequence[Sequence[int]], size: int = 2) -> float:
 
     distinct-n of Li et al. 2016 (arXiv:1510.03055). It falls with the number of n-grams: compare like with like.
     """
-    found = [ngram for ids in replies for ngram in ngrams(ids, size)]
-    return len(set(found)) / len(found) if found else 0.0
+    different: set[tuple[int, ...]] = set()
+    count = 0
+    for ids in replies:
+        found = ngrams(ids, size)
+        different.update(found)
+        count += len(found)
+    return len(different) / count if count else 0.0

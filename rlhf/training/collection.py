@@ -51,7 +51,13 @@ def read_prompts(
 def judge_reward(
     train: Training, config: PolicyStage, readers: Mapping[str, Reader], reward: CombinedReward, template: Template
 ) -> None:
-    """Says how often the reward prefers the better reply of `reward.pairs`; raises CheckFailed where it prefers the worse."""
+    """Says, as a run begins, how often the reward prefers the better reply of `reward.pairs`, if there are any.
+
+    Raises:
+        CheckFailed: it prefers the worse ones.
+    """
+    if not (config.reward.pairs and config.reward.gate) or train.step_done:
+        return
     columns = columns_asked(config.reward, readers.values())
     found = judged_on_pairs(config.reward, reward, template, columns, config.data.max_line_bytes)
     right, count = train.gather(found)[0]  # a function may tell each rank something else
