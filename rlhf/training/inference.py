@@ -38,7 +38,7 @@ class Generated:
     sample: int
     """Its number among the replies to that prompt."""
     text: str
-    """Without special tokens and outer blanks."""
+    """Without the stop token, special tokens and outer blanks."""
     finished: bool
     """It ended by itself, and not at max_new_tokens."""
     tokens: list[int]
@@ -162,7 +162,9 @@ class Policy:
             if in_fp8:
                 note(in_fp8)
             drawn = engine.generate(ids, sampling, seeds)
-        texts = decode(drawn.responses, roles.tokenizer)
+        # A model may name stop tokens that its tokenizer takes for text.
+        said = [tokens[:-1] if ended else tokens for tokens, ended in zip(drawn.responses, drawn.finished, strict=True)]
+        texts = decode(said, roles.tokenizer)
         made = [Generated(*row) for row in zip(*zip(*which, strict=True), texts, drawn.finished, drawn.responses, strict=True)]
         if schema is not None:
             schema.require_json([reply.text for reply in made if reply.finished])
