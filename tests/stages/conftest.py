@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from worlds import llamas, reward, world
+from worlds import chatty, llamas, reward, world
 
-__all__ = ["llamas", "reward", "world"]
+__all__ = ["chatty", "llamas", "reward", "world"]
