@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.decoding import Batches, Decoding
+from rlhf.config.decoding import BatchDecoding, Decoding
 from rlhf.config.rewards import Scoring
 from rlhf.config.sections import Count, Fp8, OneFile, Place, Positive, Reading, RowReading, Section, TextReading
 
@@ -51,7 +51,7 @@ class PromptFile(Reading, OneFile):
     """Longest prompt, in tokens."""
 
 
-class GenerateConfig(Batches, Inference):
+class GenerateConfig(BatchDecoding, Inference):
     """Replies of a policy to the prompts of a file, a row for each."""
 
     data: PromptFile

@@ -37,7 +37,7 @@ class Decoding(Section):
         return self
 
 
-class Batches(Decoding):
+class BatchDecoding(Decoding):
     """Many prompts at once."""
 
     samples_per_prompt: Count = 1
@@ -49,20 +49,20 @@ class Batches(Decoding):
     the package llguidance."""
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> Batches:
+    def _samples_differ(self) -> BatchDecoding:
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError("samples_per_prompt must be 1 with temperature 0: all replies to a prompt would be the same")
         return self
 
 
-def checked(**options: Any) -> Batches:
+def checked(**options: Any) -> BatchDecoding:
     """The options that a caller in Python gives.
 
     Raises:
         ConfigError: all that is wrong with them, a line each.
     """
     try:
-        return Batches(**options)
+        return BatchDecoding(**options)
     except ValidationError as error:
         lines = []
         for detail in error.errors(include_url=False):

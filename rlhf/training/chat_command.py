@@ -44,6 +44,7 @@ def chat(invocation: Invocation[ChatConfig]) -> int:
         except KeyboardInterrupt:
             if not at_terminal:
                 raise
+            print(flush=True)
             console.note("stopped: neither the message nor the reply is kept")
             continue
         except DataError as error:

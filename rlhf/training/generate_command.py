@@ -45,8 +45,9 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
     write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result: dict[str, Any] = {"output": str(output), "replies": len(lines)}
     result["finished"] = {name: sum(reply.finished for reply in replies[name]) for name in suffixes}
-    if schema and (cut := len(lines) * len(asked) - sum(result["finished"].values())):
-        console.note(f"{cut} replies were cut before their JSON was complete: raise max_new_tokens {config.max_new_tokens}")
+    drawn = len(lines) * len(asked)
+    if schema and (cut := drawn - sum(result["finished"].values())):
+        console.note(f"{cut} of {drawn} replies were cut before their JSON was complete: raise max_new_tokens")
     if len(asked) > 1:
         result["same"] = sum(len({reply.text for reply in of_one}) == 1 for of_one in zip(*replies.values(), strict=True))
     print(json.dumps(result, indent=2) if invocation.as_json else described(result))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.decoding import Decoding, checked
@@ -38,7 +39,7 @@ class Generated:
     sample: int
     """Its number among the replies to that prompt."""
     text: str
-    """Without special tokens and outer blanks."""
+    """Without the stop token, special tokens and outer blanks."""
     finished: bool
     """It ended by itself, and not at max_new_tokens."""
     tokens: list[int]
@@ -46,7 +47,7 @@ class Generated:
 
 
 def load_actor(
-    model: str,
+    model: str | Path,
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     template: Literal["auto", "chat", "plain"] = "auto",
@@ -63,16 +64,16 @@ def load_actor(
     Raises:
         DataError: no such model, or it is no policy.
     """
-    roles = open_policy(model, trust_remote_code)
+    roles = open_policy(str(model), trust_remote_code)
     return Policy(roles, Template(roles.tokenizer, template, roles.stop_ids), Precision(precision, precision == "bf16"))
 
 
 def load_reward(
-    model: str, *, template: Literal["auto", "chat", "plain"] = "auto", trust_remote_code: bool = False
+    model: str | Path, *, template: Literal["auto", "chat", "plain"] = "auto", trust_remote_code: bool = False
 ) -> RewardScorer:
     """A reward model to score with; arguments and errors as of `load_actor`."""
-    roles = open_reward_model(model, trust_remote_code)
-    return RewardScorer(model, roles, Template(roles.tokenizer, template, roles.stop_ids))
+    roles = open_reward_model(str(model), trust_remote_code)
+    return RewardScorer(str(model), roles, Template(roles.tokenizer, template, roles.stop_ids))
 
 
 class Policy:
@@ -162,7 +163,9 @@ class Policy:
             if in_fp8:
                 note(in_fp8)
             drawn = engine.generate(ids, sampling, seeds)
-        texts = decode(drawn.responses, roles.tokenizer)
+        # A model may name stop tokens that its tokenizer takes for text.
+        said = [tokens[:-1] if ended else tokens for tokens, ended in zip(drawn.responses, drawn.finished, strict=True)]
+        texts = decode(said, roles.tokenizer)
         made = [Generated(*row) for row in zip(*zip(*which, strict=True), texts, drawn.finished, drawn.responses, strict=True)]
         if schema is not None:
             schema.require_json([reply.text for reply in made if reply.finished])

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from worlds import llamas, models, reward, world
+from worlds import chatty, llamas, models, reward, world
 
-__all__ = ["llamas", "models", "reward", "world"]
+__all__ = ["chatty", "llamas", "models", "reward", "world"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ import pytest
 import rlhf
 from rlhf.cli import main
 from rlhf.training import chat_command
-
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}h {% endif %}"
-
-
-@pytest.fixture(scope="module")
-def chatty(llamas, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("chatty") / "model"
-    shutil.copytree(llamas / "model", directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    return directory
 
 
 class Terminal(io.StringIO):
@@ -44,7 +33,7 @@ def talk(monkeypatch, capsys):
 
 def said(model: Path, *messages: str, system: str | None = None) -> list[str]:
     """The greedy replies to messages, one after the other, each with all before it."""
-    policy, so_far = rlhf.load_actor(str(model)), [{"role": "system", "content": system}] if system else []
+    policy, so_far = rlhf.load_actor(model), [{"role": "system", "content": system}] if system else []
     replies = []
     for message in messages:
         so_far.append({"role": "user", "content": message})
@@ -89,7 +78,7 @@ def test_replies_follow_from_the_seed(chatty, llamas, talk, tmp_path):
 
 def test_text_that_is_continued(llamas, talk):
     code, out, err = talk(llamas / "model", "a b\n/system e\n/reset\nc\n", "--temperature", 0, "--json")
-    policy = rlhf.load_actor(str(llamas / "model"))
+    policy = rlhf.load_actor(llamas / "model")
     assert (code, answers(out)) == (0, [r.text for r in policy.generate(["a b", "c"], temperature=0, max_new_tokens=9)])
     assert "without a chat template each line is text to go on with" in err
     assert "there is no chat template to put a system message in" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,31 +18,26 @@ from rlhf.checkpoints.convert import Request, plan
 from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.writing import write
 from rlhf.cli import main
-from rlhf.config.decoding import Batches
+from rlhf.config.decoding import BatchDecoding
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.load import Loading, load_actor
 
 END = 1
 PROMPTS = ["a b c", "d", "h g f e d", "a b c"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}h {% endif %}"
 
 
 @pytest.fixture(scope="module")
 def policy(llamas):
-    return rlhf.load_actor(str(llamas / "model"))
+    return rlhf.load_actor(llamas / "model")
 
 
-@pytest.fixture(scope="module")
-def chatty(llamas, tmp_path_factory) -> Path:
-    """The tiny llama with a chat template of its words."""
-    directory = tmp_path_factory.mktemp("chatty") / "model"
-    shutil.copytree(llamas / "model", directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    return directory
+@lru_cache
+def opened(directory: Path) -> tuple:
+    return AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 
 
 def greedy(directory: Path, prompt: str, **more) -> list[int]:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    model, tokenizer = opened(directory)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9, **more)[
         0, ids.shape[1] :
@@ -64,7 +60,7 @@ def test_greedy_replies_are_transformers_own(policy, llamas):
 
 def likelier(directory: Path, prompt: str, tokens: list[int], temperature: float) -> list[tuple[int, float]]:
     """For each token of a reply, how many are likelier, and how likely these are together."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    model, tokenizer = opened(directory)
     ids = tokenizer(prompt)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
@@ -121,12 +117,27 @@ def test_the_command_writes_the_same(policy, llamas, tmp_path):
 
 def test_a_chat_template_is_used(chatty, llamas):
     """A text is what a user says, messages are all that was said."""
-    policy = rlhf.load_actor(str(chatty))
+    policy = rlhf.load_actor(chatty)
     messages = [{"role": "system", "content": "e"}, {"role": "user", "content": "a b"}]
     found = policy.generate(["a b", messages], temperature=0, max_new_tokens=9)
     assert [reply.tokens for reply in found] == [greedy(llamas / "model", "a b h"), greedy(llamas / "model", "e a b h")]
-    plain = rlhf.load_actor(str(chatty), template="plain").generate(["a b"], temperature=0, max_new_tokens=9)
+    plain = rlhf.load_actor(chatty, template="plain").generate(["a b"], temperature=0, max_new_tokens=9)
     assert plain[0].tokens == greedy(llamas / "model", "a b")
+
+
+def test_a_stop_token_that_is_a_word_is_no_part_of_the_text(llamas, tmp_path):
+    """The reply ends where `generate` ends it; without the stop token the text is that of the tokens before."""
+    shutil.copytree(llamas / "model", tmp_path / "model")
+    penalty = {"repetition_penalty": 3.0}  # without it a random model repeats itself
+    firsts = {prompt: greedy(llamas / "model", prompt, **penalty)[:2] for prompt in PROMPTS}
+    prompt, stop = next((prompt, second) for prompt, (first, second) in firsts.items() if END < second != first)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, stop], "pad_token_id": 0}))
+    [reply] = rlhf.load_actor(tmp_path / "model").generate([prompt], temperature=0, max_new_tokens=9, **penalty)
+    assert reply.tokens == greedy(tmp_path / "model", prompt, **penalty)
+    assert (reply.finished, reply.tokens[-1]) == (True, stop)
+    tokenizer = AutoTokenizer.from_pretrained(llamas / "model")
+    assert reply.text == tokenizer.decode(reply.tokens[:-1], skip_special_tokens=True)
+    assert reply.text != tokenizer.decode(reply.tokens, skip_special_tokens=True)
 
 
 def test_megatron_and_adapters(llamas, tmp_path, monkeypatch):
@@ -147,12 +158,12 @@ def test_megatron_and_adapters(llamas, tmp_path, monkeypatch):
     }
     assert expected["megatron"] != expected["adapter"]
     for name, tokens in expected.items():
-        found = rlhf.load_actor(str(tmp_path / name)).generate(PROMPTS, temperature=0, max_new_tokens=9)
+        found = rlhf.load_actor(tmp_path / name).generate(PROMPTS, temperature=0, max_new_tokens=9)
         assert [reply.tokens for reply in found] == tokens
 
 
 def test_bf16_is_autocast(llamas):
-    found = rlhf.load_actor(str(llamas / "model"), precision="bf16").generate(["a b c"], temperature=0, max_new_tokens=3)
+    found = rlhf.load_actor(llamas / "model", precision="bf16").generate(["a b c"], temperature=0, max_new_tokens=3)
     model = load_actor(str(llamas / "model"), Loading()).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ids = [2, 3, 4]
@@ -195,7 +206,7 @@ def test_defaults_are_the_commands():
     from rlhf.training.inference import Policy
 
     options = {name: one.default for name, one in inspect.signature(Policy.generate).parameters.items() if one.kind == 3}
-    assert options == {name: field.default for name, field in Batches.model_fields.items()}
+    assert options == {name: field.default for name, field in BatchDecoding.model_fields.items()}
 
 
 def own_score(directory: Path, text: str, ended: bool = True) -> float:
@@ -206,7 +217,7 @@ def own_score(directory: Path, text: str, ended: bool = True) -> float:
 
 
 def test_scores_are_transformers_own(llamas):
-    reward = rlhf.load_reward(str(llamas / "critic"))
+    reward = rlhf.load_reward(llamas / "critic")
     replies = ["c d e", "a", "f", "b b"]
     found = reward.score(PROMPTS, replies, batch_size=3)
     texts = [f"{prompt} {reply}" for prompt, reply in zip(PROMPTS, replies, strict=True)]
@@ -222,8 +233,8 @@ def test_scores_are_transformers_own(llamas):
 
 def test_what_a_model_is_is_told(llamas):
     with pytest.raises(DataError, match="this is a reward model, not a policy"):
-        rlhf.load_actor(str(llamas / "critic"))
+        rlhf.load_actor(llamas / "critic")
     with pytest.raises(DataError, match="the scalar head is missing"):
-        rlhf.load_reward(str(llamas / "model"))
+        rlhf.load_reward(llamas / "model")
     with pytest.raises(AttributeError, match="has no attribute 'load_critic'"):
         _ = rlhf.load_critic

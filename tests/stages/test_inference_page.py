@@ -15,7 +15,7 @@ from jsonschema import validate
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.cli import main
-from rlhf.config.decoding import Batches
+from rlhf.config.decoding import BatchDecoding
 from rlhf.data.chat_world_base import write_base
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text()
@@ -77,9 +77,9 @@ def test_the_python_runs(place, tmp_path, monkeypatch, capsys):
 
 def test_defaults_on_the_page_are_the_schemas():
     stated = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", PAGE, re.M))
-    assert stated.keys() == Batches.model_fields.keys() - {"json_schema"}
+    assert stated.keys() == BatchDecoding.model_fields.keys() - {"json_schema"}
     for name, default in stated.items():
-        assert (None if default == "none" else float(default)) == Batches.model_fields[name].default
+        assert (None if default == "none" else float(default)) == BatchDecoding.model_fields[name].default
 
 
 def test_json_that_is_cut_is_told(place, tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_json_that_is_cut_is_told(place, tmp_path, capsys):
         json.dumps(PERSON),
     ]
     assert main(["generate", str(place / "runs" / "ppo"), *words, "--max-new-tokens", "5"]) == 0
-    assert "2 replies were cut before their JSON was complete: raise max_new_tokens 5" in capsys.readouterr().err
+    assert "2 of 2 replies were cut before their JSON was complete: raise max_new_tokens" in capsys.readouterr().err
     assert not any(row["finished"] for row in rows_of(tmp_path / "cut.jsonl"))
 
 

@@ -57,6 +57,18 @@ def llamas(world, tmp_path_factory) -> Path:
     return directory
 
 
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}h {% endif %}"
+
+
+@pytest.fixture(scope="session")
+def chatty(llamas, tmp_path_factory) -> Path:
+    """The tiny llama with a chat template of its words: what was said, and an h to begin a reply with."""
+    directory = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(llamas / "model", directory)
+    (directory / "chat_template.jinja").write_text(CHAT)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def reward(llamas, tmp_path_factory):
     """A reward model trained as an adapter on model/."""
