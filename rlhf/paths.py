@@ -41,7 +41,7 @@ def beside(destination: Path) -> Path:
     for left in destination.parent.glob(f"{glob.escape(begun_here)}*"):
         process = re.fullmatch(r"(\d+)[.](partial|replaced)", left.name.removeprefix(begun_here))
         if process and not psutil.pid_exists(int(process[1])):
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return destination.with_name(f"{begun_here}{os.getpid()}.partial")
 
 

@@ -15,13 +15,13 @@ USAGE = """\
 rlhf compare A B [--weights] [--config DIR] [--tolerance X] [--json]
 rlhf compare MODEL --record FILE.safetensors [--precision fp32|bf16|fp8] [--device cpu|cuda] [--data FILE] [--json]
 
-  A and B are two runs: what differs in config, data (by digest), versions and machine; the first step and metric in which
-  they part (what is under time/ aside); their results. Or two models, or with --weights the results of two runs: tensor by
-  tensor, the largest relative difference first. A Megatron checkpoint is read as `rlhf convert` would read it.
+  A and B are two runs: what differs in config, data (by digest), versions and machine; the first step and metric in
+  which they part (what is under time/ aside); their results. Or two models, or with --weights the results of two runs:
+  tensor by tensor, the largest relative difference first. A Megatron checkpoint is read as `rlhf convert` would read it.
     --config DIR      a Hugging Face directory of the same model, where a Megatron checkpoint says too little of itself
-  Or two recordings: the first module whose output differs, with the two values. --record writes one: what each module of
-  MODEL gives on the same tokens, drawn from a fixed seed or the first rows of --data; so it is done once for each precision,
-  device, version or model that is to be compared. `rlhf compare MODEL --record FILE --help` lists all that it takes.
+  Or two recordings: the first module whose output differs, with the two values. --record writes one: what each module
+  of MODEL gives on the same tokens, drawn from a fixed seed or the first rows of --data; so it is done once for each
+  precision, device, version or model. `rlhf compare MODEL --record FILE --help` lists all that it takes.
     --tolerance X     relative error of a module's output up to which it counts as equal (default: 0)
   Exit 0: equal to the bit, or within the tolerance; 1: not."""
 

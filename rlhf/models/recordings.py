@@ -101,9 +101,13 @@ def write_recording(file: Path, recording: Recording) -> None:
     told = [{name: value for name, value in vars(output).items() if name != "values"} for output in recording.outputs]
     about = json.dumps({"version": VERSION, "about": recording.about, "outputs": told})
     partial_file = beside(file)
-    save_file(tensors, partial_file, metadata={"format": "pt", KEY: about})
-    sync(partial_file)
-    partial_file.replace(file)
+    try:
+        save_file(tensors, partial_file, metadata={"format": "pt", KEY: about})
+        sync(partial_file)
+        partial_file.replace(file)
+    except BaseException:
+        partial_file.unlink(missing_ok=True)
+        raise
 
 
 def read_recording(file: Path) -> Recording:

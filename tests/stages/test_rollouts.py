@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import flags, left, metrics, run, start_on, wait
+from harness import before_each_step, flags, left, metrics, run, start_on, wait
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +53,23 @@ def test_a_replay_is_the_run_to_the_bit(recorded, world):
     run_it(processes, world, directory, "replayed", nobody_is_asked, replay=output)
     assert left(directory / "replayed", 3) == left(output, 3)
     assert not (directory / "replayed" / "rollouts").exists()
+
+
+def test_a_run_killed_while_it_wrote_a_file_goes_on(world, tmp_path):
+    """It leaves half a file under a name that ends in the number of a process that is no more."""
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    half = tmp_path / "run" / "rollouts" / f".step-2.safetensors-{socket.gethostname()[:40]}-{dead}.partial"
+
+    def kill(module) -> None:
+        before_each_step(lambda train: train.step_done == 1 and (half.touch(), signal.raise_signal(signal.SIGKILL)))(module)
+
+    run_it(1, world, tmp_path, "run", kill, -signal.SIGKILL, record="true")
+    assert half.exists()
+    run_it(1, world, tmp_path, "run", record="true")
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
 
 
 @pytest.mark.parametrize("recorded", [2], indirect=True)
