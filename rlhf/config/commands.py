@@ -161,6 +161,7 @@ NEEDS = (
     ("base", ("data",), "is compared on held-out rows; on prompts a policy is compared with against"),
     ("max_forgetting", ("base",), "limits what was lost from a base"),
     ("beta", ("reference",), "is a factor of implicit rewards"),
+    ("beta", ("data",), "is a factor of implicit rewards, which are of pairs"),
     ("reward", ("prompts",), "scores replies to prompts; for rows with replies there is `rlhf score`"),
     ("judge", ("against",), "compares replies of two policies"),
     ("against", ("prompts",), "is compared by replies to prompts"),

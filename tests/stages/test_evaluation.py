@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import flags, run
 from test_generate_eval import END, evaluated, own_loss, own_scores, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,6 +111,20 @@ def test_implicit_rewards_are_log_ratios(models, tmp_path, capsys):
     assert itself["figures"]["fp32"]["accuracy"] == 0.5
 
 
+def test_a_run_of_dpo_said_the_same(models, tmp_path, capsys):
+    """Of its held-out pairs, at its end: eval/accuracy, eval/loss and eval/margin of run.json."""
+    arguments = flags("dpo", models, tmp_path / "dpo", optimizer__lr=1e-2, loss__beta=0.3, checkpoint__every=0)
+    assert run("dpo", arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    said = json.loads((tmp_path / "dpo" / "run.json").read_text())["result"]
+    words = ("--data", models / "pairs.jsonl", "--reference", models / "model")
+    found = evaluated(capsys, tmp_path / "dpo", *words, "--beta", 0.3)["figures"]["fp32"]
+    assert said["eval/accuracy"] > 0.5
+    for name in ("accuracy", "accuracy_low", "accuracy_high", "loss", "margin"):
+        assert found[name] == pytest.approx(said[f"eval/{name}"], rel=1e-4), name
+    other = evaluated(capsys, tmp_path / "dpo", *words, "--beta", 3)["figures"]["fp32"]
+    assert (other["accuracy"], other["margin"]) == pytest.approx((found["accuracy"], 10 * found["margin"]))
+
+
 # ---- the base --------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +219,7 @@ def test_a_reward_model_beside_its_base(models, llamas, capsys, reward):
         ("model --prompts prompts.jsonl --slice source", 78, "slice is of held-out pairs: give data, or leave it out"),
         ("model --prompts prompts.jsonl --data sft.jsonl", 78, "both are given: give --data or --prompts"),
         ("critic --data pairs.jsonl --reference model", 78, "reference: is of a policy's implicit rewards"),
+        ("model --prompts prompts.jsonl --reference model --beta 1", 78, "beta is a factor of implicit rewards, which are of"),
         ("model --data pairs.jsonl --beta 1", 78, "beta is a factor of implicit rewards: give reference"),
         (
             "model --data pairs.jsonl --reference other",
