@@ -58,7 +58,7 @@ def test_readme_commands_run(command, user):
     assert sorted(path.name for path in user.rglob("*")) == before  # a dry run touches nothing; the unit test cleans up
 
 
-@pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf ((?:generate|eval) .*)", README, re.M))
+@pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf ((?:generate|eval|score) .*)", README, re.M))
 def test_other_commands_parse(command):
     name, *words = command.split()
     assert parse(name, words).config

@@ -17,7 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.cli import main
 from rlhf.config.commands import Judge
 from rlhf.errors import ConfigError, DataError, StorageError
+from rlhf.rollout.engines import Samples
+from rlhf.rollout.rewards import Scores
 from rlhf.training.evaluation.judge import Pair, verdicts
+from rlhf.training.evaluation.prompts import wins
+from rlhf.training.evaluation.replies import Answered
 
 LENGTH = ("--max-new-tokens", 5)
 
@@ -121,6 +125,31 @@ def test_the_win_rate_is_counted(models, tmp_path, capsys):
     same, replies = evaluated(capsys, tmp_path / "c.json", models / "model", *data, models / "model")
     assert same["wins"]["reward"]["ties"] == 29
     assert all(row["model"] == row["against"] for row in replies)
+
+
+def replied(*texts: str) -> Answered:
+    samples = Samples([[1]] * len(texts), [[2]] * len(texts), [[0.0]] * len(texts), [True] * len(texts), 0)
+    return Answered([], samples, list(texts), None, None)  # type: ignore[arg-type]
+
+
+def scores(*values: float) -> Scores:
+    found = torch.tensor(values)
+    return Scores(found, ~found.isnan(), {})
+
+
+def test_wins_by_hand():
+    """A win, a loss, a tie of scores, the same reply with scores a rounding apart, and two that cannot be compared."""
+    answers = {"model": replied("a", "b", "c", "d", "e", "f"), "against": replied("x", "x", "x", "d", "x", "x")}
+    nan = math.nan
+    found = wins(answers, {"model": scores(2, 0, 1, 1, nan, 1), "against": scores(1, 1, 1, 1.000001, 0, nan)}, None)
+    low, high = wilson(2, 4)
+    assert found == {
+        "reward": {"win_rate": 0.5, "win_rate_low": pytest.approx(low), "win_rate_high": pytest.approx(high)}
+        | {"wins": 1, "ties": 2, "losses": 1}
+    }
+    others = {"model": answers["model"], "against": replied(*"xxxxxx")}
+    found = wins(others, {"model": scores(2, 0, 1, 1, nan, 1), "against": scores(1, 1, 1, 1.000001, 0, nan)}, None)
+    assert (found["reward"]["ties"], found["reward"]["losses"]) == (1, 2)  # other replies: the rounding counts
 
 
 def judge(directory: Path, body: str) -> str:
