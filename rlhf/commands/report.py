@@ -39,6 +39,6 @@ def run(argv: list[str]) -> int:
         return 0
     for page in pages:
         for finding in page.findings:
-            print(f"{page.stage}  {finding.level:4}  {finding.text}")
+            print(f"{page.run}  {finding.level:4}  {finding.text}")
     print(f"{WORDS[level]}: {target}")
     return 0

@@ -46,8 +46,8 @@ def compare_runs(one: Path, other: Path) -> RunComparison:
     manifests = read_manifest(one), read_manifest(other)
     lines = _metrics(one), _metrics(other)
     made_of = differences_of(*(dict(_made_of(manifest)) for manifest in manifests))
-    first = next(_parting(*lines), None)
-    result = differences_of(*(flat(manifest["result"]) for manifest in manifests))
+    first = next(_parting(*lines), None) or next(_lacking(*lines), None)
+    result = differences_of(*(_figures(manifest) for manifest in manifests))
     last = [max((step for step, _ in of), default=0) for of in lines]
     return RunComparison(made_of, first, (last[0], last[1]), result)
 
@@ -71,13 +71,20 @@ def _metrics(run: Path) -> Lines:
 
 
 def _parting(one: Lines, other: Lines) -> Iterator[Difference]:
-    """In the steps that both have."""
+    """In the lines that both have."""
+    for key in sorted(one.keys() & other.keys()):
+        for found in differences_of(one[key], other[key]):
+            yield Difference(f"step {key[0]}: {found.name}", found.one, found.other)
+
+
+def _lacking(one: Lines, other: Lines) -> Iterator[Difference]:
+    """Lines that only one of them has, of the steps that both have."""
     last = min(max((step for step, _ in lines), default=-1) for lines in (one, other))
-    for step, evaluated in sorted(key for key in one | other if key[0] <= last):
-        mine, theirs = (lines.get((step, evaluated)) for lines in (one, other))
-        if mine is None or theirs is None:
-            there = ["none" if line is None else "recorded" for line in (mine, theirs)]
-            yield Difference(f"step {step}: {'evaluation' if evaluated else 'metrics'}", *there)
-        else:
-            for found in differences_of(mine, theirs):
-                yield Difference(f"step {step}: {found.name}", found.one, found.other)
+    for key in sorted(key for key in one.keys() ^ other.keys() if key[0] <= last):
+        there = ["recorded" if key in lines else "none" for lines in (one, other)]
+        yield Difference(f"step {key[0]}: {'evaluation' if key[1] else 'metrics'}", *there)
+
+
+def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The result without the bins of a curve."""
+    return {name: value for name, value in flat(manifest["result"]).items() if not name.startswith("eval/reliability")}

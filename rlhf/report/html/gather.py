@@ -110,6 +110,10 @@ def _warnings(run: Path, manifest: dict[str, Any], lineage: tuple[Node, ...], me
     found = []
     if not metrics:
         found.append(Finding("warn", "No step was recorded, so there are no curves."))
+    if manifest.get("stage") in ("ppo", "grpo") and metrics and not (run / "samples.jsonl").is_file():
+        found.append(
+            Finding("warn", "No reply was kept: with data.eval the same prompts are answered over time. Read replies.")
+        )
     if manifest and (changed := changed_files(run, manifest)):
         found.append(Finding("bad", f"Changed since the run finished: {', '.join(changed)}"))
     for node in lineage:
