@@ -29,7 +29,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   ppo                PPO against a reward                   rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   grpo               the same without a critic              rlhf grpo --config grpo --actor SFT --reward RM --data FILE
   ppo --unit-test    is PPO itself right? in a minute       doctor   what this machine can run, and why not
-  data ACTION FILE   check, clean, split, preview           explain  a metric, a check or an exit code, in words
+  data ACTION FILE   check, clean, split, preview           explain  a metric, check, alarm or exit code, in words
   report RUN         a run as one HTML page                 show     what a run was made from
   runs list|show|rm  the runs there are                     compare  two runs or two models: where they part
   generate MODEL     replies to the prompts of a file       eval     how good a model is on held-out rows

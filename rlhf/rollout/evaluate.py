@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import stdev
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.examples import PromptExample
@@ -46,7 +46,7 @@ def evaluate(
     there = {name: [value for value in column if value is not None] for name, column in columns.items()}
     metrics = {name: sum(values) / len(values) for name, values in there.items() if values}
     if len(scores := there["score"]) > 1:
-        metrics["score_standard_error"] = stdev(scores) / math.sqrt(len(scores))
+        metrics["score_standard_error"] = float(torch.tensor(scores).double().std()) / math.sqrt(len(scores))
     if experience.reference_logprobs is not None:
         metrics["kl"] = sequence_kl(experience)
     samples = [
