@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +17,15 @@ def test_sft_then_rm_then_ppo(world, tmp_path):
     log = tmp_path / "log"
     assert run("sft", flags("sft", world, tmp_path / "sft"), log) == 0, log.read_text()
     assert run("rm", flags("rm", world, tmp_path / "rm", model=tmp_path / "sft"), log) == 0, log.read_text()
-    ppo = flags("ppo", world, tmp_path / "ppo", actor=tmp_path / "sft", reward=tmp_path / "rm", critic=tmp_path / "rm")
+    ppo = flags(
+        "ppo",
+        world,
+        tmp_path / "ppo",
+        actor=tmp_path / "sft",
+        reward=tmp_path / "rm",
+        critic=tmp_path / "rm",
+        report__samples=6,
+    )
     assert run("ppo", ppo, log) == 0, log.read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ppo" / "model")
     actor = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "model")
@@ -29,6 +38,13 @@ def test_sft_then_rm_then_ppo(world, tmp_path):
     assert record["inputs"]["actor"]["parent"]
     assert json.loads((tmp_path / "ppo" / "status.json").read_text())["state"] == "done"
     assert {"before", "after"} <= set(record["result"])
+    first = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
+    scores = [sample["scores"]["score"] for sample in first if sample["step"] == 0]
+    assert len(scores) == 6  # all that are held out
+    mean, error = statistics.mean(scores), statistics.stdev(scores) / len(scores) ** 0.5
+    assert (record["result"]["before"]["score"], record["result"]["before"]["score_standard_error"]) == pytest.approx(
+        (mean, error)
+    )
 
 
 def test_learning(world, tmp_path):
