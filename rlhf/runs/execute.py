@@ -13,15 +13,17 @@ from rlhf.runs.dry_run import batches, require_together
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, say_done
+from rlhf.runs.outcome import next_command, outcome
 
 STDERR = 2  # the file descriptor
 
 
-def execute(invocation: Invocation, quiet: bool = False) -> int:
+def execute(invocation: Invocation, quiet: bool = False, alone: bool = True) -> int:
     """Run a stage, unless its run is done already, and return its exit code.
 
     Args:
         quiet: keep standard output clear; what would go there goes to standard error.
+        alone: nothing follows by itself, so that the user is told what to do next.
 
     Raises:
         ConfigError: launch file, config and rows do not go together.
@@ -64,4 +66,8 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     status = read_status(run)
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)
+    if not code:
+        print(f"{stage}: {outcome(run)}", file=log, flush=True)
+        if alone:
+            print(f"{stage}: next: {next_command(invocation)}", file=log, flush=True)
     return code

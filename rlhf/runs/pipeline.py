@@ -105,7 +105,7 @@ def run_pipeline(request: Request) -> int:
         said = make_world(output / "world", pipeline.world.seed if request.seed is None else request.seed)
         print(said, file=sys.stderr if request.as_json else sys.stdout, flush=True)
     for invocation in invocations:
-        if code := execute(invocation, quiet=request.as_json):
+        if code := execute(invocation, quiet=request.as_json, alone=False):
             return code
     figures = summary.summary(output)
     if request.as_json:
