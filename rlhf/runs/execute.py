@@ -10,6 +10,7 @@ from rlhf.config.engines import require_packages
 from rlhf.config.parse import Invocation
 from rlhf.runs import launch
 from rlhf.runs.dry_run import batches, require_together
+from rlhf.runs.inputs import require_inputs
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, say_done
@@ -46,6 +47,7 @@ def execute(invocation: Invocation, quiet: bool = False, alone: bool = True) -> 
     check_output(run)
     if keeps_books:
         check_unlocked(run)
+    require_inputs(invocation)
     world_size = int(env["RLHF_EXPECTED_WORLD_SIZE"])
     machine = {"world_size": world_size, "threads": int(env["OMP_NUM_THREADS"])}
     state = state_of(run, stage, config, machine, invocation.resume.allow_inexact)
