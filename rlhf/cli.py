@@ -94,11 +94,13 @@ def _dispatch(argv: list[str]) -> int:
 def _stage(stage: str, argv: list[str]) -> int:
     from rlhf.config.parse import parse
     from rlhf.runs.execute import execute
+    from rlhf.runs.inputs import require_inputs
     from rlhf.runs.manifest import MANIFEST, read_json, read_status
     from rlhf.runs.pipeline import print_plan
 
     invocation = parse(stage, argv)
     if invocation.dry_run:
+        require_inputs(invocation)
         print_plan([invocation], invocation.as_json)
         return 0
     code = execute(invocation, quiet=invocation.as_json)

@@ -39,7 +39,16 @@ def test_every_command_has_help_of_its_own(word: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("example", re.findall(r"  rlhf ((?:sft|rm|dpo|kto|ppo|grpo) --config .*)", cli.HELP))
-def test_the_examples_in_the_help_parse(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_in_the_help_parse(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what they name: a dry run asks for that."""
+    monkeypatch.chdir(tmp_path)
+    for model in ("DIR", "SFT", "RM", "runs/sft"):
+        Path(model).mkdir(parents=True)
+        Path(model, "config.json").write_text("{}")
+    for data in ("chats.jsonl", "pairs.jsonl", "FILE"):
+        Path(data).touch()
     assert main([*example.split(), "--dry-run"]) == 0
     assert "would write:" in capsys.readouterr().out
 
@@ -118,7 +127,8 @@ def test_copy_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_help_and_dry_run_in_a_fresh_process_import_no_torch(tmp_path: Path) -> None:
     """And so are quick; the goal of 1.5 s is for an idle machine and not asserted."""
-    (tmp_path / "sft.yaml").write_text("output: run\nmodel: {path: base}\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "sft.yaml").write_text("output: run\nmodel: {path: owner/base}\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "rows.jsonl").touch()
     code = (
         "import sys; from rlhf.cli import main\n"
         "codes = [main(['--help']), main(['sft', '--config', 'sft.yaml', '--dry-run'])]\n"
@@ -127,4 +137,4 @@ def test_help_and_dry_run_in_a_fresh_process_import_no_torch(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[0, 0] set()"
-    assert [path.name for path in tmp_path.iterdir()] == ["sft.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "sft.yaml"]

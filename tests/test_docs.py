@@ -84,7 +84,7 @@ def test_the_vllm_server_is_started_as_trl_does():
 
 
 @pytest.mark.parametrize("command", re.findall(r"^ {4}rlhf (.*)", (ROOT / "docs" / "launching.md").read_text(), re.M))
-def test_launching_commands_are_planned(command, capsys):
+def test_launching_commands_are_planned(command, user, capsys):
     """As far as they can be without the machines: a command for each is printed."""
     assert main([*command.split(), "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["commands"]

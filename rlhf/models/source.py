@@ -73,8 +73,9 @@ def require_pinned(source: Source) -> None:
 
 
 def _means_a_path(spec: str) -> bool:
+    """`runs` is where the shipped configs write, whether or not anything is there yet."""
     first = spec.split("/")[0]
-    return spec.endswith(".gguf") or first in (".", "..", "~") or Path(first).is_dir()
+    return spec.endswith(".gguf") or first in (".", "..", "~", "runs") or Path(first).is_dir()
 
 
 def _in_directory(path: Path, role: Role) -> Source:

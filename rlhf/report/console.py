@@ -6,7 +6,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TypeVar
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -19,10 +20,15 @@ PLAIN_EVERY_SECONDS = 10.0
 """A log file gets a progress line this often; a terminal is redrawn in place."""
 WIDEST = 1000
 """Columns of a terminal in which any table has room."""
+COUNTED_EVERY_SECONDS = 30.0
+"""The same of a command that counts rows, after its first so many seconds: most end before."""
+REDRAWN_EVERY_SECONDS = 0.1
+"""What is counted may be tokens, thousands a second."""
 ROWS = 6
 """Steps in the table: with its head and the bar it takes a third of a terminal of 24 lines."""
 Row = tuple[int, dict[str, float], str]
 """Step, its metrics by name, its tokens a second."""
+Part = TypeVar("Part", bound=Sized)
 
 
 class Console:
@@ -72,11 +78,28 @@ class Console:
         speed = f"{self.tokens / elapsed:,.0f} tokens/s" if elapsed > 0 and self.tokens else ""
         if self.rich.is_terminal and not self.rich.is_dumb_terminal:
             self.rows.append((step, dict(shown if table is None else table), self._own_speed(now, tokens)))
-            self._draw(fraction, f"step {step}  {speed}  {left}")
+            self.draw(fraction, f"step {step}  {speed}  {left}")
         elif now - self.last_line > PLAIN_EVERY_SECONDS or fraction >= 1:
             self.last_line = now
             metrics = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.rich.print(f"{self.stage}  {fraction:4.0%}  step {step}  {metrics}  {speed}  {left}")
+
+    def count(self, total: int, what: str) -> Count:
+        return Count(self, total, what)
+
+    def counted(
+        self, parts: Iterable[Part], total: int, what: str, tokens: Callable[[Part], float] = lambda _: 0.0
+    ) -> Iterator[Part]:
+        """The parts of `total` things in turn; of each that was dealt with it is told how far that is.
+
+        Args:
+            tokens: of a part.
+        """
+        count = self.count(total, what)
+        for part in parts:
+            yield part
+            count.add(len(part), tokens(part))
+        count.close()
 
     def close(self) -> None:
         """The terminal is as it was: the cursor is there, what is printed goes where it did."""
@@ -94,7 +117,7 @@ class Console:
         before, self.last_step = self.last_step, now
         return f"{tokens / (now - before):,.0f}" if before is not None and now > before and tokens else ""
 
-    def _draw(self, fraction: float, text: str) -> None:
+    def draw(self, fraction: float, text: str) -> None:
         if self.live is None:
             self.live = Live(console=self.rich, get_renderable=self._drawn, transient=True)
             self.live.start()
@@ -110,6 +133,34 @@ class Console:
                 return Group(table, self.bar)
             names.pop()
         return self.bar
+
+
+class Count:
+    """How many of `total` things are done: on a terminal a bar, which goes when all are; else a line each half minute."""
+
+    def __init__(self, console: Console, total: int, what: str) -> None:
+        self.console, self.total, self.what = console, total, what
+        self.done, self.tokens = 0, 0.0
+        self.started = self.last = time.monotonic()
+
+    def add(self, done: int, tokens: float = 0.0) -> None:
+        """So many more, and the tokens that were handled."""
+        self.done, self.tokens = self.done + done, self.tokens + tokens
+        console, now = self.console, time.monotonic()
+        on_terminal = console.rich.is_terminal and not console.rich.is_dumb_terminal
+        if not console.speak or now - self.last < (REDRAWN_EVERY_SECONDS if on_terminal else COUNTED_EVERY_SECONDS):
+            return
+        self.last, elapsed, fraction = now, now - self.started, min(self.done / self.total, 1.0)
+        speed = f"  {self.tokens / elapsed:,.0f} tokens/s" if self.tokens else ""
+        left = f"  {_clock(elapsed / fraction * (1 - fraction))} left" if fraction else ""
+        text = f"{self.done} of {self.total} {self.what}{speed}{left}"
+        if on_terminal:
+            console.draw(fraction, text)
+        else:
+            console.rich.print(f"{console.stage}  {fraction:4.0%}  {text}")
+
+    def close(self) -> None:
+        self.console.close()
 
 
 def _table(rows: Sequence[Row], names: Sequence[str]) -> Table:

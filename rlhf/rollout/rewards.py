@@ -78,8 +78,10 @@ def open_reward(
     template: Template | None,
     micro_batch_size: int,
     most: Callable[[int], int] = lambda count: count,
+    told: Callable[[int, int], None] = lambda rows, tokens: None,
 ) -> CombinedReward:
-    """`most` gives the largest of a number over all ranks, which call a model that they divide equally often.
+    """`most` gives the largest of a number over all ranks, which call a model that they divide equally often; `told` hears how
+    many rows and tokens a model has just read.
 
     Args:
         template: of the policy; None where replies are texts, whose tokens nothing may then ask for.
@@ -91,7 +93,7 @@ def open_reward(
         if name in readers:
             source = TextReward(readers[name], masks=config.on_failure == "mask" and kind_of(part.source) != "verifier")
         elif name in models:
-            source = ModelReward(part.source, models[name], micro_batch_size, most)
+            source = ModelReward(part.source, models[name], micro_batch_size, most, told)
         else:
             assert template is not None
             source = CountReward(part.source.removeprefix("count:"), template.tokenizer)
@@ -131,9 +133,14 @@ class CombinedReward:
 
 class ModelReward:
     def __init__(
-        self, name: str, model: RewardModel, micro_batch_size: int, most: Callable[[int], int] = lambda count: count
+        self,
+        name: str,
+        model: RewardModel,
+        micro_batch_size: int,
+        most: Callable[[int], int] = lambda count: count,
+        told: Callable[[int, int], None] = lambda rows, tokens: None,
     ) -> None:
-        self.name, self.model, self.micro_batch_size, self.most = name, model, micro_batch_size, most
+        self.name, self.model, self.micro_batch_size, self.most, self.told = name, model, micro_batch_size, most, told
 
     def __call__(self, replies: Replies) -> list[float]:
         """Rows of like length are scored together."""
@@ -145,6 +152,7 @@ class ModelReward:
         for number in range(self.most(len(micro_batches))):
             part = micro_batches[min(number, len(micro_batches) - 1)]  # the last once more, to keep ranks in step
             scores[part] = self.model.scores(token_batch(rows[index] for index in part).to(device)).float().cpu()
+            self.told(len(part), sum(len(rows[index].prompt) + len(rows[index].reply) for index in part))
         return scores.tolist()
 
     def _row(self, replies: Replies, index: int) -> Row:

@@ -10,18 +10,21 @@ from rlhf.config.engines import require_packages
 from rlhf.config.parse import Invocation
 from rlhf.runs import launch
 from rlhf.runs.dry_run import batches, require_together
+from rlhf.runs.inputs import require_inputs
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, say_done
+from rlhf.runs.outcome import next_command, outcome
 
 STDERR = 2  # the file descriptor
 
 
-def execute(invocation: Invocation, quiet: bool = False) -> int:
+def execute(invocation: Invocation, quiet: bool = False, alone: bool = True) -> int:
     """Run a stage, unless its run is done already, and return its exit code.
 
     Args:
         quiet: keep standard output clear; what would go there goes to standard error.
+        alone: nothing follows by itself, so that the user is told what to do next.
 
     Raises:
         ConfigError: launch file, config and rows do not go together.
@@ -44,6 +47,7 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     check_output(run)
     if keeps_books:
         check_unlocked(run)
+    require_inputs(invocation)
     world_size = int(env["RLHF_EXPECTED_WORLD_SIZE"])
     machine = {"world_size": world_size, "threads": int(env["OMP_NUM_THREADS"])}
     state = state_of(run, stage, config, machine, invocation.resume.allow_inexact)
@@ -64,4 +68,8 @@ def execute(invocation: Invocation, quiet: bool = False) -> int:
     status = read_status(run)
     if status and status["pid"] == os.getpid():  # the stage could not say it itself
         print(f"rlhf: {stage}: {status['reason']}", file=sys.stderr)
+    if not code:
+        print(f"{stage}: {outcome(run)}", file=log, flush=True)
+        if alone:
+            print(f"{stage}: next: {next_command(invocation)}", file=log, flush=True)
     return code

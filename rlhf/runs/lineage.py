@@ -7,8 +7,9 @@ same parent. What only has a name (a Hub id, an imported reward function, a rewa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -89,15 +90,8 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         DataError: an input is missing, comes from an unfinished run, or is not what its run left.
     """
     inputs = {}
-    fields = flat(config.model_dump(mode="json"))
-    scorers = {f"{SCORERS}[{place}]": spec for place, spec in enumerate(fields.get(SCORERS, ()))}
-    fields |= scorers
-    sources = [field for field in fields if field.startswith(SOURCES) and field.endswith(".source")]
-    for name, field in (INPUT_FIELDS | {name: name for name in (*scorers, *sources)}).items():
-        spec = fields.get(field)
-        if spec is None or spec == "zero":  # a critic without a model of its own
-            continue
-        if config.trust_remote_code and not _is_no_model(name, spec):
+    for name, spec in specs(config):
+        if config.trust_remote_code and not is_no_model(name, spec):
             require_pinned(resolve(spec))
         digest = _digest(name, spec)
         if digest is None:
@@ -109,6 +103,18 @@ def inputs_of(stage: str, config: Stage) -> dict[str, dict[str, str | None]]:
         parent = manifest_digest(run) if run is not None else None
         inputs[name] = {"path": _portable(spec, config.output), "digest": digest, "parent": parent}
     return inputs
+
+
+def specs(config: Stage) -> Iterator[tuple[str, str]]:
+    """The inputs by name, each as the config has it."""
+    fields = flat(config.model_dump(mode="json"))
+    scorers = {f"{SCORERS}[{place}]": spec for place, spec in enumerate(fields.get(SCORERS, ()))}
+    fields |= scorers
+    sources = [field for field in fields if field.startswith(SOURCES) and field.endswith(".source")]
+    for name, field in (INPUT_FIELDS | {name: name for name in (*scorers, *sources)}).items():
+        spec = fields.get(field)
+        if spec is not None and spec != "zero":  # a critic without a model of its own
+            yield name, spec
 
 
 def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -219,24 +225,36 @@ def _verdict(name: str, path: str, recorded: str) -> Verdict:
 
 def _digest(name: str, spec: str) -> str | None:
     """Digest of the content a config field names; None for what only has a name."""
+    digest = content(name, spec)
+    return None if digest is None else digest()
+
+
+def content(name: str, spec: str) -> Callable[[], str] | None:
+    """What a config field names, found and not yet read: to call for its digest. None for what only has a name.
+
+    Raises:
+        DataError: it is not there.
+    """
+    field = INPUT_FIELDS.get(name, name)
     if name.startswith("data."):
-        return _digest_of_file(Path(spec), f"{INPUT_FIELDS.get(name, name)}: ")
+        return partial(file_digest, _file(Path(spec), field))
     if name == "replay":
-        return tree_digest(_place(name, spec))
-    if _is_no_model(name, spec):
+        return partial(tree_digest, _place(name, spec))
+    if is_no_model(name, spec):
         file, _, function = spec.rpartition(":")
         if is_service(spec) or spec.startswith("count:") or not file.endswith(".py"):
             return None
-        return text_digest(f"{_digest_of_file(Path(file), f'{INPUT_FIELDS.get(name, name)}: ')}:{function}")
+        path = _file(Path(file), field)
+        return lambda: text_digest(f"{file_digest(path)}:{function}")
     source = resolve(spec, "critic" if name == "critic" else "model")
     if source.kind == "hub":
         return None
     if source.kind == "megatron":
-        return tree_digest(iteration_directory(Path(source.path)))
-    return tree_digest(source.path) if source.kind == "directory" else file_digest(source.path)
+        return partial(tree_digest, iteration_directory(Path(source.path)))
+    return partial(tree_digest if source.kind == "directory" else file_digest, source.path)
 
 
-def _is_no_model(name: str, spec: str) -> bool:
+def is_no_model(name: str, spec: str) -> bool:
     return name.startswith(("data.", "replay", SCORERS)) or (name.startswith("reward") and ":" in spec)
 
 
@@ -245,14 +263,14 @@ def _place(name: str, spec: str) -> Path:
     return Path(spec) / "rollouts" if name == "replay" else Path(spec)
 
 
-def _digest_of_file(path: Path, field: str) -> str:
+def _file(path: Path, field: str) -> Path:
     try:
         found = path.is_file()
     except OSError as error:  # a name that is too long
-        raise DataError(f"{field}no file {path}: {error.strerror}") from error
+        raise DataError(f"{field}: no file {path}: {error.strerror}") from error
     if not found:
-        raise DataError(f"{field}no file {path}" + (" (it is a directory)" if path.is_dir() else ""))
-    return file_digest(path)
+        raise DataError(f"{field}: no file {path}" + (" (it is a directory)" if path.is_dir() else ""))
+    return path
 
 
 def run_of(spec: str) -> Path | None:

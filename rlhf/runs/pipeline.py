@@ -24,6 +24,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.runs import summary
 from rlhf.runs.dry_run import describe
 from rlhf.runs.execute import execute
+from rlhf.runs.inputs import require_inputs
 from rlhf.runs.launch import machines_of
 from rlhf.runs.lineage import INPUT_FIELDS, SOURCES
 from rlhf.runs.lock import check_output, run_lock
@@ -98,6 +99,8 @@ def run_pipeline(request: Request) -> int:
     output = Path(pipeline.output)
     invocations = [_parse(stage, flags, file, pipeline, request) for stage, flags in pipeline.stages.items()]
     if request.dry_run:
+        for invocation in invocations:
+            require_inputs(invocation, coming=output)
         print_plan(invocations, request.as_json)
         return 0
     check_output(output)
@@ -105,7 +108,7 @@ def run_pipeline(request: Request) -> int:
         said = make_world(output / "world", pipeline.world.seed if request.seed is None else request.seed)
         print(said, file=sys.stderr if request.as_json else sys.stdout, flush=True)
     for invocation in invocations:
-        if code := execute(invocation, quiet=request.as_json):
+        if code := execute(invocation, quiet=request.as_json, alone=False):
             return code
     figures = summary.summary(output)
     if request.as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Any
 
 from rlhf.config.commands import GenerateConfig
@@ -13,7 +14,7 @@ from rlhf.errors import DataError
 from rlhf.models.precision import precisions
 from rlhf.report.console import Console
 from rlhf.rollout.steps import Schema
-from rlhf.training.inference import load_actor
+from rlhf.training.inference import counting, load_actor
 from rlhf.training.output_file import require_new, write
 
 
@@ -30,12 +31,14 @@ def generate(invocation: Invocation[GenerateConfig]) -> int:
     names = [*number, *(f"{name}{suffix}" for suffix in suffixes.values() for name in REPLY)]
     rows = [_beside(prompt.row, names) for prompt in prompts]
     ids, places = [prompt.ids for prompt in prompts], [prompt.index for prompt in prompts]
-    replies = {
-        precision.name: policy.replies(
-            ids, places, config, config.samples_per_prompt, config.batch_size, schema, precision, console.note
-        )
-        for precision in asked
-    }
+    each, drawn = config.samples_per_prompt, len(ids) * config.samples_per_prompt
+    replies = {}
+    with closing(console):
+        for precision in asked:
+            told = counting(console, drawn, policy.roles, config.max_new_tokens)
+            replies[precision.name] = policy.replies(
+                ids, places, config, each, config.batch_size, schema, precision, console.note, told
+            )
     lines = []
     for of_one in zip(*(replies[name] for name in suffixes), strict=True):
         line = rows[of_one[0].prompt] | dict.fromkeys(number, of_one[0].sample)

@@ -21,6 +21,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.models.actor_critic import unwrapped
 from rlhf.models.precision import Precision, computing_in
 from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
+from rlhf.report.console import Console
 from rlhf.rollout.decoding import Reply
 from rlhf.rollout.engines import NativeEngine
 from rlhf.rollout.rewards import ModelReward, Replies, decode
@@ -170,6 +171,16 @@ class Policy:
         if schema is not None:
             schema.require_json([reply.text for reply in made if reply.finished])
         return made
+
+
+def counting(console: Console, replies: int, roles: Roles, max_new_tokens: int) -> Callable[[Reply], None]:
+    """Is told of each token of so many replies, and says on the console how far they are."""
+    count = console.count(replies, "replies")
+
+    def told(reply: Reply) -> None:
+        count.add(int(reply.tokens[-1] in roles.stop_ids or len(reply.tokens) == max_new_tokens), 1)
+
+    return told
 
 
 class RewardScorer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from rlhf.report.console import Console
 from rlhf.rollout.readers import AT_ONCE, columns_asked, open_readers_of, require_answers
 from rlhf.rollout.rewards import CombinedReward, Replies, open_reward
 from rlhf.runs.gate import reward_gate
+from rlhf.training.evaluation.replies import counted_scores
 from rlhf.training.output_file import require_new, write
 
 SIDES = ("chosen", "rejected")
@@ -47,12 +49,14 @@ def score(invocation: Invocation[ScoreConfig]) -> int:
     replies = [reply for index, row in enumerate(rows) for reply in replies_of(row, index)]
     require_answers(readers.values(), [reply.asked for reply in replies])
     models = {name: _open(spec, config) for name, spec in config.reward.models.items()}
-    reward = open_reward(config.reward, readers, models, None, config.batch_size)
+    count = counted_scores(config.reward, models, len(replies), console)
+    reward = open_reward(config.reward, readers, models, None, config.batch_size, told=count.add)
     lines: list[dict[str, Any]] = [{**row.fields, **row.others} for row in rows]
-    for part in chunks(replies, AT_ONCE):  # a call of a function or a service has a deadline
-        for reply, found in zip(part, _scores(reward, config.reward.weight, part), strict=True):
-            side = reply.name.removeprefix("score")
-            lines[reply.asked.index] |= {reply.name: found[0], **({f"scores{side}": found[1]} if found[1] else {})}
+    with closing(console):
+        for part in chunks(replies, AT_ONCE):  # a call of a function or a service has a deadline
+            for reply, found in zip(part, _scores(reward, config.reward.weight, part), strict=True):
+                side = reply.name.removeprefix("score")
+                lines[reply.asked.index] |= {reply.name: found[0], **({f"scores{side}": found[1]} if found[1] else {})}
     write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = {"output": str(output), "rows": len(lines), **summary(lines, replies)}
     print(json.dumps(result, indent=2) if invocation.as_json else described(result))

@@ -152,6 +152,41 @@ def test_without_metrics_there_is_a_bar_alone(monkeypatch):
     console.close()
 
 
+def test_a_command_that_counts_rows_says_so_in_a_log_each_half_minute(monkeypatch):
+    """124 rows, 4 at a time, 8 s and 40 tokens a batch: after 32 s four batches are done, 16 of the rows."""
+    clock = Clock(monkeypatch)
+    rich, text = on(terminal=False)
+    for _ in Console("eval", speak=True, rich=rich).counted([range(4)] * 31, 124, "rows", lambda part: 10 * len(part)):
+        clock.now += 8
+    lines = text.getvalue().splitlines()
+    assert lines[:2] == [
+        "eval   13%  16 of 124 rows  5 tokens/s  3:36 left",
+        "eval   26%  32 of 124 rows  5 tokens/s  3:04 left",
+    ]
+    assert len(lines) == 31 * 8 // 32
+
+
+def test_what_is_counted_within_half_a_minute_is_not_told_to_a_log(monkeypatch):
+    clock = Clock(monkeypatch)
+    rich, text = on(terminal=False)
+    for _ in Console("eval", speak=True, rich=rich).counted([range(4)] * 3, 12, "rows"):
+        clock.now += 9
+    assert text.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_of_the_rows_and_is_left_as_it_was(monkeypatch):
+    clock = Clock(monkeypatch)
+    rich, text = on(terminal=True)
+    console, out = Console("eval", speak=True, rich=rich), sys.stdout
+    for number, _ in enumerate(console.counted([range(4)] * 4, 16, "rows", lambda _: 100)):
+        if number == 3:
+            (bar,) = last_screen(console)
+            assert re.fullmatch(r"eval \S+ +75%  12 of 16 rows  100 tokens/s  0:01 left", bar)
+        clock.now += 1
+    assert text.getvalue().count(HIDE) == text.getvalue().count(SHOW) == 1
+    assert sys.stdout is out
+
+
 def test_a_process_that_ends_at_once_shows_the_cursor_again(monkeypatch, capfd):
     """And waits for no lock that the thread which draws may hold."""
     rich, _ = on(terminal=True)

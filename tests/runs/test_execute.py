@@ -96,7 +96,8 @@ def test_an_output_that_can_be_made_is_not_made() -> None:
     assert not Path("a").exists()
 
 
-def test_a_dry_run_shows_all_and_touches_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_all_and_touches_nothing(make_run: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    make_run("sft")
     before = sorted(Path.cwd().rglob("*"))
     assert main(["rm", "--config", "rm.yaml", "--nproc", "2", "--launch", "cpu", "--dry-run"]) == 0
     said = capfd.readouterr().out

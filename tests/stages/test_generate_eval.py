@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli import main
+from rlhf.report import console
 
 END = 1
 
@@ -243,3 +244,32 @@ def test_a_mistake_is_one_message(llamas, world, tmp_path, monkeypatch, capsys, 
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "replies.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "counts"),
+    [
+        ("eval model --data sft.jsonl --batch-size 10", ["10 of 37 rows", "37 of 37 rows"]),
+        ("eval critic --data pairs.jsonl --batch-size 10", ["10 of 37 rows", "37 of 37 rows"]),
+        ("eval model --data pairs.jsonl --reference model --batch-size 20", ["20 of 37 rows", "37 of 37 rows"]),
+        ("score critic pairs.jsonl --output FILE --batch-size 60", ["60 of 74 scores", "74 of 74 scores"]),
+        ("generate model --data prompts.jsonl --output FILE --max-new-tokens 2", ["29 of 29 replies"]),
+        (
+            "eval model --prompts prompts.jsonl --reference model --reward critic --max-new-tokens 2",
+            ["29 of 29 replies", "16 of 29 scores", "29 of 29 scores"],
+        ),
+    ],
+)
+def test_how_far_it_is_is_told(llamas, tmp_path, capsys, monkeypatch, command, counts):
+    """To standard error, of files of 37 rows and 29 prompts; and nothing of what is over within half a minute."""
+    monkeypatch.chdir(llamas)
+    words = command.replace("FILE", str(tmp_path / "quick.jsonl")).split()
+    assert main([*words, "--json"]) == 0
+    assert " left\n" not in capsys.readouterr().err
+    monkeypatch.setattr(console, "COUNTED_EVERY_SECONDS", -1.0)
+    words = command.replace("FILE", str(tmp_path / "told.jsonl")).split()
+    assert main([*words, "--json"]) == 0
+    told = capsys.readouterr()
+    json.loads(told.out)
+    for count in counts:
+        assert f"%  {count}  " in told.err

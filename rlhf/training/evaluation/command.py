@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,8 @@ def evaluate(invocation: Invocation[EvalConfig]) -> int:
     """Raises CheckFailed where more was lost than may be, after the result is told."""
     config, console = invocation.config, Console("eval", speak=True)
     output = require_new(config.output) if config.output else None
-    result = on_prompts(config, console) if config.prompts else of_rows(config, console)
+    with closing(console):
+        result = on_prompts(config, console) if config.prompts else of_rows(config, console)
     if output is not None:
         write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     result.pop("replies", None)  # a file's worth of text

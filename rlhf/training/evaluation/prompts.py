@@ -46,7 +46,7 @@ def on_prompts(config: EvalConfig, console: Console) -> dict[str, Any]:
         answers[OTHER] = answered(config, config.against, readers, console)
         answers = _of_the_same_prompts(answers, file_of(config))
     figures = {who: of_replies(answer.samples) for who, answer in answers.items()}
-    apart = kl(config, answers[OWN]) if config.reference else None
+    apart = kl(config, answers[OWN], console) if config.reference else None
     if apart is not None:
         figures[OWN]["kl"] = of_mean(apart)
     scores = dict(zip(answers, scored(config, readers, answers.values(), console), strict=True)) if rewarded else {}

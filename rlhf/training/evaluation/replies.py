@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.commands import EvalConfig
+from rlhf.config.rewards import Scoring
 from rlhf.data.collate import reply_row, token_batch
 from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import chunks, row_seeds
@@ -23,12 +24,13 @@ from rlhf.models.load import load_tokenizer
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
 from rlhf.models.tokenizers import other_part, own_template, require_same_tokenizer
-from rlhf.report.console import Console
+from rlhf.report.console import Console, Count
 from rlhf.rollout.engines import NativeEngine, Samples
 from rlhf.rollout.readers import AT_ONCE, Reader, columns_asked, require_answers
 from rlhf.rollout.rewards import Scores, decode, open_reward
 from rlhf.rollout.sampling import Sampling
 from rlhf.training.evaluation.rows import file_of, say
+from rlhf.training.inference import counting
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ def answered(
     roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
     console.note(f"{spec}: replies to {len(prompts)} prompts")
     ids, seeds = [prompt.ids for prompt in prompts], row_seeds(config.seed, [prompt.index for prompt in prompts])
-    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size, console.note)
+    told = counting(console, len(prompts), roles, config.max_new_tokens)
+    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size, console.note, told=told)
     engine.sync(roles.policy, version=0)
     (precision,) = precisions(config)
     with computing_in(precision, roles, ids, config.batch_size) as in_fp8:
         say(console, [in_fp8] if in_fp8 else [])
         samples = engine.generate(ids, Sampling(config.max_new_tokens, config.temperature), seeds)
-        logprobs = _logprobs(config, roles, samples) if with_logprobs else None
+        logprobs = _logprobs(config, roles, samples, console) if with_logprobs else None
     return Answered(prompts, samples, decode(samples.responses, roles.tokenizer), template, logprobs)
 
 
@@ -89,20 +92,21 @@ def require_reference(config: EvalConfig) -> None:
     require_same_tokenizer(config.model, tokenizer, "reference", config.reference, config.trust_remote_code)
 
 
-def kl(config: EvalConfig, own: Answered) -> Tensor:
+def kl(config: EvalConfig, own: Answered, console: Console) -> Tensor:
     """(B,) log pi - log pi_ref of each reply, whose mean over replies that pi sampled is KL(pi || pi_ref), in nats."""
     assert config.reference is not None
     assert own.logprobs is not None
     roles = open_policy(config.reference, config.trust_remote_code)
     (precision,) = precisions(config)
     with computing_in(precision, roles, own.samples.prompts, config.batch_size):
-        return own.logprobs - _logprobs(config, roles, own.samples)
+        return own.logprobs - _logprobs(config, roles, own.samples, console)
 
 
-def _logprobs(config: EvalConfig, roles: Roles, samples: Samples) -> Tensor:
+def _logprobs(config: EvalConfig, roles: Roles, samples: Samples, console: Console) -> Tensor:
     rows = [reply_row(prompt, reply) for prompt, reply in zip(samples.prompts, samples.responses, strict=True)]
     found = []
-    for part in chunks(rows, config.batch_size):
+    tokens = lambda part: sum(len(row.prompt) + len(row.reply) for row in part)  # noqa: E731
+    for part in console.counted(chunks(rows, config.batch_size), len(rows), "replies", tokens):
         batch = token_batch(part).to(roles.device)
         of_tokens = roles.policy(batch, roles=("actor",), temperature=config.temperature).logprobs.double().cpu()
         found += [of_reply.sum() for of_reply in of_tokens.split([len(row.reply) for row in part])]
@@ -119,7 +123,8 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
     found = []
     for own in answers:
         models = {name: _reading(config.reward.models[name], roles, own, console) for name, roles in opened.items()}
-        reward = open_reward(config.reward, readers, models, own.template, config.batch_size)
+        count = counted_scores(config.reward, models, len(own.prompts), console)
+        reward = open_reward(config.reward, readers, models, own.template, config.batch_size, told=count.add)
         parts = [  # a call of a function or a service has a deadline
             reward(own.samples.rows(rows), [own.prompts[row] for row in rows])
             for rows in chunks(range(len(own.prompts)), AT_ONCE)
@@ -128,6 +133,11 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
         _require_finite(scores, own.prompts)
         found.append(replace(scores, scores=config.reward.weight * scores.scores.double()))
     return found
+
+
+def counted_scores(reward: Scoring, models: Mapping[str, RewardModel], replies: int, console: Console) -> Count:
+    """Of models alone, which take long on this machine: each reads a reply, and its row's answer where that is taken off."""
+    return console.count(replies * sum(1 + reward.parts[name].minus_answer for name in models), "scores")
 
 
 def _reading(spec: str, roles: Roles, own: Answered, console: Console) -> RewardModel:

@@ -74,14 +74,23 @@ def policy_rows(config: EvalConfig, console: Console) -> tuple[Roles, Subject]:
         return found
 
     counts = {"rows": len(rows), "tokens": sum(tokens)}
-    measure = lambda roles: logprobs(roles, rows, config.batch_size)  # noqa: E731
+    measure = lambda roles: logprobs(roles, rows, config.batch_size, console)  # noqa: E731
     return roles, Subject(POLICY, counts, [row.ids for row in rows], measure, policy_figures, totals)
 
 
-def logprobs(roles: Roles, rows: Sequence[SftExample], batch_size: int) -> Tensor:
+def logprobs(roles: Roles, rows: Sequence[SftExample], batch_size: int, console: Console) -> Tensor:
     """(tokens,) in float64: of every trained token, but for the first of a row, which nothing predicts."""
-    batches = (sft_batch(part).to(roles.device) for part in chunks(rows, batch_size))
+    parts = console.counted(chunks(rows, batch_size), len(rows), "rows", tokens_of)
+    batches = (sft_batch(part).to(roles.device) for part in parts)
     return torch.cat([roles.policy(batch, roles=("actor",)).logprobs.double().cpu() for batch in batches])
+
+
+def tokens_of(examples: Sequence[SftExample | RankedExample]) -> int:
+    """A prompt counts once, however many replies it has."""
+    return sum(
+        len(example) if isinstance(example, SftExample) else len(example.prompt) + sum(map(len, example.replies))
+        for example in examples
+    )
 
 
 def policy_figures(logprobs: Tensor) -> dict[str, float]:
@@ -98,7 +107,13 @@ def reward_model_rows(config: EvalConfig, console: Console) -> tuple[Roles, Subj
 
     def measure(roles: Roles) -> Tensor:
         """All scores, and after them those of replies scored alone."""
-        parts = [MicroBatch(part, 1.0) for part in chunks(range(len(examples)), config.batch_size)]
+        places = console.counted(
+            chunks(range(len(examples)), config.batch_size),
+            len(examples),
+            "rows",
+            lambda part: tokens_of([examples[place] for place in part]),
+        )
+        parts = (MicroBatch(part, 1.0) for part in places)
         scores = score_all(roles.policy, examples, parts, roles.device)
         return torch.cat([scores, score_alone(roles.policy, examples, roles.device)])
 
@@ -116,22 +131,22 @@ def implicit_rows(config: EvalConfig, console: Console) -> tuple[Roles, Subject]
     (precision,) = precisions(config)
     ids = [example.prompt + reply for example in examples for reply in example.replies]
     with computing_in(precision, reference, ids, config.batch_size):
-        of_reference = reply_logprobs(reference, examples, config.batch_size)
+        of_reference = reply_logprobs(reference, examples, config.batch_size, console)
     del reference
 
     def measure(roles: Roles) -> Tensor:
         first = examples[:ALONE]
-        alone = reply_logprobs(roles, first, 1)
-        own = torch.cat([reply_logprobs(roles, examples, config.batch_size), alone])
+        alone = reply_logprobs(roles, first, 1, console)
+        own = torch.cat([reply_logprobs(roles, examples, config.batch_size, console), alone])
         return config.beta * (own - torch.cat([of_reference, of_reference[: len(alone)]]))
 
     return roles, _of_pairs(config, IMPLICIT, examples, measure)
 
 
-def reply_logprobs(roles: Roles, examples: Sequence[RankedExample], batch_size: int) -> Tensor:
+def reply_logprobs(roles: Roles, examples: Sequence[RankedExample], batch_size: int, console: Console) -> Tensor:
     """(R,) in float64: log p of whole replies, example by example."""
     found = []
-    for part in chunks(examples, batch_size):
+    for part in console.counted(chunks(examples, batch_size), len(examples), "rows", tokens_of):
         rows = [reply_row(example.prompt, reply) for example in part for reply in example.replies]
         of_tokens = roles.policy(token_batch(rows).to(roles.device), roles=("actor",)).logprobs.double().cpu()
         found += [of_reply.sum() for of_reply in of_tokens.split([len(row.reply) for row in rows])]
