@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config.arguments import Parser, positive
-from rlhf.errors import DataError, OutputError, UsageError
+from rlhf.errors import ConfigError, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from rlhf.data.shapes import Kind
@@ -19,7 +20,8 @@ rlhf data preview FILE --model MODEL [--rows N] [--max-length N] [--stage STAGE]
 rlhf data split FILE TRAIN EVAL [--part 0.1] [--stage STAGE] [--columns.prompt NAME ...] [--json]
 rlhf data clean FILE OUTPUT [--keep-html] [--stage STAGE] [--columns.prompt NAME ...] [--json]
 
-  FILE is .jsonl, .jsonl.gz, .json or .parquet. --stage: sft, rm, dpo, kto or ppo; without it, what the first row can be.
+  FILE is .jsonl, .jsonl.gz, .json or .parquet; .txt: a prompt a line. --stage: sft, rm, dpo, kto or ppo; without it, what
+  the first rows can be.
   check     the shape of its rows, every mistake with its place (exit 65), and what is odd: duplicates, contradictions, lengths,
             HTML, broken encodings, longer replies preferred; with a model, what is cut and which pairs are equal then;
             --against: prompts that stand in another file as well (train and eval, say)
@@ -75,8 +77,16 @@ def run(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     _require_fit(given)
     given.columns = {field: name for field in FIELDS if (name := getattr(given, f"columns.{field}"))}
-    given.kind = _kind(given)
-    return {"check": _check, "preview": _preview, "split": _split, "clean": _clean}[given.action](given)
+    try:
+        given.kind = _kind(given)
+        return {"check": _check, "preview": _preview, "split": _split, "clean": _clean}[given.action](given)
+    except (ConfigError, DataError) as error:
+        raise type(error)(_own_flags(str(error))) from None
+
+
+def _own_flags(text: str) -> str:
+    """What a stage says of its flags, said of this command's."""
+    return re.sub(r"^data\.columns\b|--data\.columns\b", "--columns", text)
 
 
 def _require_fit(given: argparse.Namespace) -> None:
@@ -104,8 +114,10 @@ def _require_fit(given: argparse.Namespace) -> None:
 
 def _kind(given: argparse.Namespace) -> Kind:
     from rlhf.data.rows import MAX_LINE_BYTES, first_columns
-    from rlhf.data.survey import guess_kind
+    from rlhf.data.survey import guess_kind, require_columns
 
+    if given.columns:
+        require_columns(given.file, given.columns)
     if given.json_key:
         return "text"
     if given.stage:
@@ -125,6 +137,8 @@ def _check(given: argparse.Namespace) -> int:
     from rlhf.data.survey import check
 
     found = check(given.file, given.kind, given.columns, given.json_key, given.against)
+    for error in found["errors"]:
+        error["fix"] = _own_flags(error["fix"])
     if given.model:
         found["tokens"] = _in_tokens(given)
     if given.as_json:
@@ -136,12 +150,14 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
-    yields = [f"{found['file']}: {found['rows']} rows for {STAGES_OF[found['kind']]}, each with {', '.join(found['fields'])}"]
+    columns = f"each with {', '.join(found['columns'])}" if found["columns"] else "none of which can be read"
+    yields = [f"{found['file']}: {found['rows']} rows for {STAGES_OF[found['kind']]}, {columns}"]
     yields += [f"  read      {note}" for note in found["notes"]]
     yields += [f"  error     {error}".replace("\n", "\n            ") for error in errors]
     yields += [f"  odd       {finding['text']}" for finding in found["findings"]]
     for name, sizes in found["characters"].items():
         yields.append(f"  length    {name}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()) + " characters")
+    yields += [f"  against   {found['against']}"] if found["against"] else []
     yields += [f"  tokens    {note}" for note in found.get("tokens", [])]
     if not errors and not found["findings"]:
         yields.append("  ok        no error, nothing odd")

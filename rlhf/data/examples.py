@@ -18,6 +18,9 @@ from rlhf.errors import DataError
 
 Example = TypeVar("Example")
 
+MANY = 0.2
+"""Share of a file's rows above which what is left out or cut for its length is warned of."""
+
 
 @dataclass(frozen=True)
 class SftExample:
@@ -144,7 +147,8 @@ def sft_examples(path: str, config: TextReading, template: Template) -> Examples
             untrained += 1
             continue
         examples += [SftExample(ids[part], trained[part], row.where) for part in limit.parts(len(ids))]
-    dropped = [f"{untrained} rows dropped: no token is left to train on"] if untrained else []
+    many = "warning: " if untrained > MANY * len(rows.rows) else ""
+    dropped = [f"{many}{untrained} rows dropped: no token is left to train on"] if untrained else []
     lost = config.json_key is not None and limit.hit and config.too_long != "split"
     advice = ["data.too_long: split would use long documents whole"] if lost else []
     return _done(path, examples, rows, limit.notes() + advice + dropped + _no_ends(examples, template.stop_ids))
@@ -271,7 +275,12 @@ def prompt_examples(
         ids = template.prompt(row.fields["prompt"], row.where)
         if limit.allows(len(ids), row.where):
             examples.append(PromptExample(index, ids[-config.max_length :], row))
-    return _done(path, examples, rows, limit.notes(" at the start: the policy does not see the beginning of these prompts"))
+    return _done(
+        path,
+        examples,
+        rows,
+        limit.notes(" at the start: the policy does not see the beginning of these prompts, its system message first"),
+    )
 
 
 def sft_tokens(row: Row, template: Template) -> tuple[list[int], list[bool]]:
@@ -340,10 +349,11 @@ class _LengthLimit:
 
     def __init__(self, limit: int, rule: str, other_rules: str = "skip or truncate") -> None:
         self.limit, self.rule, self.other_rules = limit, rule, other_rules
-        self.hit = self.made = self.crowded = 0
+        self.seen = self.hit = self.made = self.crowded = 0
 
     def allows(self, length: int, where: str, prompt: int = 0) -> bool:
         """`prompt`: tokens that come before what is learned from, and are not cut for it."""
+        self.seen += 1
         if length <= self.limit:
             return True
         if self.rule == "fail":
@@ -365,16 +375,17 @@ class _LengthLimit:
         return parts
 
     def notes(self, where: str = "") -> list[str]:
-        """`where`: the place at which a row is cut, if that needs saying."""
+        """`where`: the place at which a row is cut, if that needs saying: what stands there is then lost to the model."""
         if not self.hit:
             return []
         if self.rule == "split":
             return [f"{self.hit} documents longer than {self.limit} tokens split into {self.made} rows"]
+        rows = f"{self.hit} of {self.seen} rows longer than {self.limit} tokens"
+        many = self.hit > MANY * self.seen
         if self.rule == "skip":
-            return [f"{self.hit} rows longer than {self.limit} tokens skipped"]
-        crowded = (
-            f"; of {self.crowded} of them the prompt leaves no room, and one token of each reply is kept"
-            if self.crowded
-            else ""
-        )
-        return [f"{self.hit} rows longer than {self.limit} tokens truncated{where}{crowded}"]
+            advice = "; --data.max_length N keeps more, --data.too_long truncate cuts them"
+            return [f"warning: {rows} skipped{advice}" if many else f"{rows} skipped"]
+        no_room = "the prompt leaves no room: it is cut at its start, and one token of each reply is kept"
+        crowded = f"; of {self.crowded} of them {no_room}" if self.crowded else ""
+        advice = "; --data.max_length N cuts less, --data.too_long skip leaves them out"
+        return [f"warning: {rows} truncated{where}{crowded}{advice}" if many or where or crowded else f"{rows} truncated"]

@@ -256,4 +256,5 @@ def open_source(path: Path, notes: list[str], max_line_bytes: int, prompts: bool
     for extension, reader in readers.items():
         if path.name.lower().endswith(extension):
             return reader(path, notes, max_line_bytes)
-    raise DataError(f"{path}: unknown kind of file; expected {known}")
+    lines = "; a .txt file holds prompts, one a line: it is for ppo, grpo and generate" if path.suffix.lower() == ".txt" else ""
+    raise DataError(f"{path}: unknown kind of file; expected {known}{lines}")

@@ -86,7 +86,7 @@ def _read(
 ) -> Iterator[tuple[Problem, None] | tuple[Record, Row | None]]:
     """Each record beside its row; none where it is of no use though nothing is wrong."""
     schema = Schema.of(kind, columns, json_key, "ignore")
-    for record in open_source(path, [], MAX_LINE_BYTES):
+    for record in open_source(path, [], MAX_LINE_BYTES, prompts=kind == "prompt"):
         if isinstance(record, Problem):
             yield record, None
             continue

@@ -12,10 +12,13 @@ from rich.text import Text
 from rlhf.data.examples import sft_tokens
 from rlhf.data.rows import Row, read_rows
 from rlhf.data.shapes import Kind
+from rlhf.data.survey import preference_of
 from rlhf.data.templates import Template
 
 TRAINED, READ, END, WRONG = "green", "dim", "bold black on green", "bold white on red"
 SIGNS = "⟦", "⟧"
+ROLES: dict[Kind, str] = {"ranking": "of the reply"}
+"""What a stage makes of the tokens in colour, where it is not to train on them: a reward model scores them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ def preview(
     ).rows
     for row in islice(rows, count):
         for name, ids, trained in _sides(row, template):
-            yield _drawn(f"{row.where}  {name}", ids, trained, template, max_length, SIGNS if marked else ("", ""))
+            of_them = f", {sum(trained)} {ROLES.get(kind, 'of them trained on')}" if kind != "prompt" else ""
+            title = f"{row.where}  {name}: {len(ids)} tokens{of_them}\n"
+            cut = slice(max(len(ids) - max_length, 0)) if kind == "prompt" else slice(max_length, None)
+            yield _drawn(title, ids, trained, template, set(range(len(ids))[cut]), SIGNS if marked else ("", ""))
 
 
 def _sides(row: Row, template: Template) -> Iterator[tuple[str, list[int], list[bool]]]:
@@ -48,6 +54,8 @@ def _sides(row: Row, template: Template) -> Iterator[tuple[str, list[int], list[
     fields = row.fields
     if "chosen" in fields:
         replies = {"chosen": fields["chosen"], "rejected": fields["rejected"]}
+    elif pair := preference_of(row):
+        replies = dict(zip(("chosen", "rejected"), pair, strict=True))
     elif "responses" in fields:
         replies = {f"rank {rank:g}": reply for rank, reply in zip(fields["ranks"], fields["responses"], strict=True)}
     elif fields.keys() == {"prompt"}:
@@ -65,22 +73,22 @@ def _sides(row: Row, template: Template) -> Iterator[tuple[str, list[int], list[
 
 
 def _drawn(
-    title: str, ids: list[int], trained: list[bool], template: Template, max_length: int, signs: tuple[str, str]
+    title: str, ids: list[int], trained: list[bool], template: Template, cut: set[int], signs: tuple[str, str]
 ) -> Preview:
     tokenizer = template.tokenizer
     two_bos = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
-    text = Text(f"{title}: {len(ids)} tokens, {sum(trained)} of them trained on\n", style="bold")
+    text = Text(title, style="bold")
     if two_bos:
         text.append(f"error: two BOS ({tokenizer.bos_token!r}): the text brings the one that the tokenizer adds\n", style=WRONG)
-    if len(ids) > max_length:
-        text.append(f"longer than --max-length {max_length}: what is cut is underlined\n", style="yellow")
+    if cut:
+        text.append(f"longer than --max-length {len(ids) - len(cut)}: what is cut is underlined\n", style="yellow")
     for place, (token, learned) in enumerate(zip(ids, trained, strict=True)):
         ends = learned and token in template.stop_ids
         style = WRONG if two_bos and place < 2 else END if ends else TRAINED if learned else READ
         if learned and not (place and trained[place - 1]):
             text.append(signs[0])
         shown = str(tokenizer.decode([token])).replace("\n", "⏎\n")
-        text.append(f"{shown}", style=style + (" underline" if place >= max_length else ""))
+        text.append(f"{shown}", style=style + (" underline" if place in cut else ""))
         if ends or token in tokenizer.all_special_ids:
             text.append(f"({token})", style="cyan")
         if learned and not any(trained[place + 1 : place + 2]):

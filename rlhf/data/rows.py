@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -84,6 +84,10 @@ class Scan:
     problems: list[Problem]
     notes: list[str]
     dropped: int
+    columns: dict[str, None] = field(default_factory=dict)
+    """The file's columns that were read, in its order."""
+    unread: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Place of a row -> its columns that are no field and that nobody asked for."""
 
 
 def read_rows(
@@ -150,6 +154,9 @@ def scan_rows(
             found.problems.append(Problem(record.where, error.reason, error.fix))
             continue
         remarks.update(known.remarks)
+        found.columns.update(dict.fromkeys(column for column in known.given if column not in known.unread))
+        if known.unread:
+            found.unread[record.where] = known.unread
         if fields is None:
             found.dropped += 1
         else:

@@ -29,22 +29,11 @@ from rlhf.data.conversations import (
     read_transcript_reply,
     split_common_prompt,
 )
+from rlhf.data.kinds import ALIASES, FIELDS, Kind, stages_of
 from rlhf.errors import ConfigError
 
-Kind = Literal["text", "sft", "pair", "ranking", "rated", "prompt"]
 ExtraColumns = Literal["fail", "ignore"]
 Dialogue = str | list[Message]
-
-FIELDS: dict[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "sft": ("messages", "prompt", "completion", "text"),
-    "pair": ("prompt", "chosen", "rejected"),
-    "ranking": ("prompt", "chosen", "rejected", "margin", "tie", "responses", "scores", "ranks"),
-    "rated": ("prompt", "completion", "label", "chosen", "rejected"),
-    "prompt": ("prompt", "messages", "completion", "chosen", "rejected"),
-}
-# conversations is ShareGPT's name, which trl.maybe_convert_to_chatml renames too; choosen is a misspelling in the wild.
-ALIASES = {"response": "completion", "choosen": "chosen", "conversations": "messages"}
 
 SHAREGPT = "ShareGPT turns were read as messages"
 ALPACA = "Alpaca's instruction, input and output were read as prompt and completion"
@@ -53,15 +42,22 @@ SPLIT = "The prompt was split off where chosen and rejected part"
 EQUAL_PAIR = "The pair was dropped because chosen equals rejected"
 
 
+class Missing(BadRow):
+    """A row lacks a column it needs."""
+
+
 @dataclass(frozen=True)
 class Fields:
     """The known columns of one row under our names; errors speak of the file's. `remarks` tell what was changed."""
 
     values: dict[str, Any]
     columns: dict[str, str]  # our field -> the file's column, also for fields the row lacks
+    kind: Kind
     remarks: set[str]
     given: tuple[str, ...] = ()
     """The file's columns of the row, known or not."""
+    unread: tuple[str, ...] = ()
+    """Those of them that are no field and that nobody asked for."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -70,7 +66,9 @@ class Fields:
         if name not in self.values:
             others = [column for column in self.given if column not in self.columns.values()]
             hint = f"; is it one of them? --data.columns.{name} {others[0]}" if others else ""
-            raise BadRow(f"{self.columns[name]} is missing", f"the row has {', '.join(self.given) or 'no column'}{hint}")
+            if stages := stages_of(self.given, self.columns, self.kind):
+                hint = f": these are rows for {stages}"
+            raise Missing(f"{self.columns[name]} is missing", f"the row has {', '.join(self.given) or 'no column'}{hint}")
         return self.values[name]
 
     def text(self, name: str) -> str:
@@ -207,7 +205,10 @@ class Schema:
             listed = ", ".join(f"{column!r}{_nearest(column, tuple(self.names))}" for column in extra)
             expected = f"expected {', '.join(self.columns.values())}"
             fix = f"{expected}: map them (--data.columns.FIELD {extra[0]}), or leave them (--data.extra_columns ignore)"
-            raise BadRow(f"unknown column{'s' if len(extra) > 1 else ''} {listed}", fix)
+            unknown = f"unknown column{'s' if len(extra) > 1 else ''} {listed}"
+            if missing := replace(self, extra_columns="ignore").missing_in(value):
+                raise BadRow(f"{unknown}, and {missing.reason}", missing.fix)
+            raise BadRow(unknown, fix)
         values: dict[str, Any] = {}
         columns = dict(self.columns)
         remarks = {f"Column {column!r} was not read" for column in extra} | ({ALPACA} if alpaca else set())
@@ -219,7 +220,17 @@ class Schema:
             values[name], columns[name] = value[column], column
             if column in ALIASES and column not in self.columns.values():
                 remarks.add(f"Column {column!r} was read as {name!r}")
-        return Fields(values, columns, remarks, tuple(value))
+        return Fields(values, columns, self.kind, remarks, tuple(value), tuple(extra))
+
+    def missing_in(self, value: dict[str, Any]) -> Missing | None:
+        """What is said of the row where it lacks a column."""
+        try:
+            SHAPES[self.kind](self.fields_of(value))
+        except Missing as missing:
+            return missing
+        except BadRow:
+            pass
+        return None
 
 
 def is_alpaca(value: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 from rlhf.data.formats import Record, open_source
 from rlhf.data.rows import MAX_LINE_BYTES, Row, first_columns, read_rows, scan_rows
 from rlhf.data.shapes import SHAPES, BadRow, Dialogue, Kind, Schema
+from rlhf.errors import DataError
 
 PLACES_SHOWN = 3
 LENGTH_BIAS = 0.55
@@ -54,9 +55,24 @@ class Finding:
         return f"{self.count} of {self.of} rows {self.text}" + (f": {shown}{more}" if shown else "")
 
 
+def require_columns(path: Path, columns: dict[str, str]) -> None:
+    """Raises DataError where no row has a column that is mapped: the rows would be read as another kind than was meant."""
+    missing, there = set(columns.values()), dict[str, None]()
+    for record in open_source(path, [], MAX_LINE_BYTES, prompts=True):
+        if not missing:
+            return
+        if isinstance(record, Record) and isinstance(record.value, dict):
+            there.update(dict.fromkeys(record.value))
+            missing -= there.keys()
+    if there and missing:
+        listed = " or ".join(repr(column) for column in columns.values() if column in missing)
+        raise DataError(f"{path}: no row has a column {listed}; there are {', '.join(there)}")
+
+
 def guess_kind(path: Path, columns: dict[str, str]) -> Kind | None:
     """The first kind as which half of the first rows or more can be read, columns nobody knows aside."""
-    records = (record.value for record in open_source(path, [], MAX_LINE_BYTES) if isinstance(record, Record))
+    source = open_source(path, [], MAX_LINE_BYTES, prompts=True)
+    records = (record.value for record in source if isinstance(record, Record))
     values = list(islice(records, GUESSED_FROM))
     if not values:
         return None
@@ -184,11 +200,14 @@ def characters(value: Any) -> int:
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Characters of each field over all rows."""
+    """Characters of each field over all rows; of two replies, of the better and the worse one."""
     found: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         for name, value in row.fields.items():
-            if name not in ("ranks", "margin", "label"):
+            if name == "responses" and (pair := preference_of(row)):
+                for side, reply in zip(("chosen", "rejected"), pair, strict=True):
+                    found[side].append(characters(reply))
+            elif name not in ("ranks", "margin", "label"):
                 found[name].append(characters(value))
     return dict(found)
 
@@ -211,6 +230,13 @@ def check(
     findings = survey(found.rows)
     if found.dropped:
         findings.append(Finding("equal", found.dropped, found.dropped + len(found.rows), "choose what they reject", ()))
+    if unread := list(dict.fromkeys(column for columns in found.unread.values() for column in columns)):
+        advice = "a stage refuses them, unless its reward asks for them or --data.extra_columns ignore is given"
+        text = f"have columns that are no field ({', '.join(map(repr, unread))}): {advice}"
+        readable = len(found.rows) + found.dropped
+        places = tuple(found.unread) if len(found.unread) < readable else ()
+        findings.append(Finding("columns", len(found.unread), readable, text, places))
+    apart = ""
     if against is not None:
         there = first_columns(str(against), MAX_LINE_BYTES)
         own = {name: column for name, column in columns.items() if column in there}
@@ -219,13 +245,16 @@ def check(
         places = [row.where for row in found.rows if row.asks in asked]
         if leaked := _finding("leakage", places, len(found.rows), f"ask what a row of {against} asks"):
             findings.append(leaked)
+        elif found.rows:
+            apart = f"none of {len({row.asks for row in found.rows})} prompts is in {against}"
     return {
         "file": str(path),
         "kind": kind,
         "rows": len(found.rows) + found.dropped + len(found.problems),
-        "fields": sorted({name for row in found.rows for name in row.fields} - {"margin"}),
+        "columns": list(found.columns),
         "notes": found.notes,
         "errors": [asdict(problem) for problem in found.problems],
+        "against": apart,
         "findings": [{"name": one.name, "rows": one.count, "text": str(one)} for one in findings],
         "characters": {name: dict(zip(PARTS, percentiles(sizes), strict=True)) for name, sizes in lengths(found.rows).items()},
     }

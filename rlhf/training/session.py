@@ -45,6 +45,7 @@ from rlhf.training.non_finite import NonFinite, finite_only
 from rlhf.training.optimization import open_optimizer, schedule_factor, skip_frozen
 from rlhf.training.processes import FILES_TIMEOUT, Peer
 from rlhf.training.profiling import Profiler, ranged
+from rlhf.training.reading import remarks
 from rlhf.training.signals import StopRequest
 
 IN_TABLE = ("rollout/length", "optimizer/lr")
@@ -317,14 +318,9 @@ class Training:
 
     def read(self, path: str, found: Examples[Example], what: str) -> list[Example]:
         """The examples of a file, after saying what became of it."""
-        for note in [f"{path}: {len(found.items)} {what}", *found.notes]:
+        held_out = getattr(getattr(self.config, "data", None), "eval", None)
+        for note in remarks(path, found, what, self.asked, path == held_out and bool(self.asked)):  # training rows come first
             self.note(note)
-        for earlier, asked in self.asked.items():
-            if shared := sum(row in asked for row in found.asked):
-                self.note(
-                    f"warning: {shared} of the {len(found.asked)} rows of {path} ask what rows of {earlier} ask: "
-                    "figures on them say less of prompts never seen"
-                )
         self.asked[path] = set(found.asked)
         return found.items
 

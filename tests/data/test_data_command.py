@@ -129,7 +129,7 @@ def test_alpaca_keeps_its_output_where_that_is_named_or_asked_for(tmp_path):
 def test_a_misnamed_column_is_told_once_with_its_flag(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", *({"question": f"q{row}", "chosen": "a", "rejected": "b"} for row in range(30)))
     assert main(["data", "split", str(file), str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--stage", "rm"]) == 65
-    assert "--data.columns.prompt question" in capsys.readouterr().err
+    assert "? --columns.prompt question" in capsys.readouterr().err
     from rlhf.data.rows import read_rows
     from rlhf.errors import DataError
 

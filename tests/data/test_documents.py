@@ -112,7 +112,8 @@ def test_other_rules_are_asked_for(template, path):
     assert len(read(too_long="skip").items) == 5
     cut = read(too_long="truncate")
     assert len(cut.items) == 10
-    assert cut.notes == ["5 rows longer than 7 tokens truncated", "data.too_long: split would use long documents whole"]
+    assert cut.notes[0].startswith("warning: 5 of 10 rows longer than 7 tokens truncated; --data.max_length N cuts less")
+    assert cut.notes[1:] == ["data.too_long: split would use long documents whole"]
     with pytest.raises(DataError, match=r"documents.jsonl:6: 8 tokens, .*\(plain text: data.json_key\) split"):
         read(too_long="fail")
 

@@ -240,7 +240,7 @@ def test_9_truncated_prompts(rule, code, world, tmp_path):
     rows = [{"prompt": "a b"}, {"prompt": "a b c d e f g h"}, {"prompt": "h g f e d c b a"}]
     more = ONE | {"data": write(tmp_path / "prompts.jsonl", rows), "data__too_long": rule}
     log = said("ppo", world, tmp_path, code, **more, data__max_length=6)
-    told = "2 rows longer than 6 tokens truncated at the start: the policy does not see the beginning of these prompts"
+    told = "warning: 2 of 3 rows longer than 6 tokens truncated at the start: the policy does not see the beginning"
     assert (told in log) is (rule == "truncate")
     assert ("prompts.jsonl:2: 8 tokens, more than data.max_length 6" in log) is (rule == "fail")
     assert "tokens truncated" not in said("ppo", world, tmp_path, 0, **more, data__max_length=8, into="whole")

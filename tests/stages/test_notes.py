@@ -28,16 +28,18 @@ def speak(die_at: int | None = None):
 
 
 def test_what_is_said_is_kept_and_what_warns_is_in_the_report(world, tmp_path, capsys):
-    """The data are those of data.eval, which a stage warns of."""
-    log = tmp_path / "log"
-    assert run("sft", flags("sft", world, tmp_path / "run"), log) == 0
+    """The rows of data.eval are among those of data.train, and few, which a stage warns of."""
+    log, held_out = tmp_path / "log", tmp_path / "few.jsonl"
+    held_out.write_text("".join((world / "sft.jsonl").read_text().splitlines(keepends=True)[:29]))
+    assert run("sft", flags("sft", world, tmp_path / "run", data__eval=held_out), log) == 0
     notes = said(tmp_path / "run")
     assert len(notes) >= 4
     assert all(f"sft  {text}" in log.read_text() for _, text in notes)
-    (warning,) = [text for _, text in notes if text.startswith("warning: ")]
+    asked, few = [text for _, text in notes if text.startswith("warning: ")]
     assert report([str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
-    assert f"warn  {warning.removeprefix('warning: ')[:20]}" in told
+    assert f"warn  {asked.removeprefix('warning: ')[:20]}" in told
+    assert f"warn  F{few.removeprefix('warning: f')[:20]}" in told
     page = (tmp_path / "run" / "report.html").read_text()
     assert "trains " in page  # a note that warns of nothing
     assert "trains " not in told

@@ -14,9 +14,6 @@ from rlhf.errors import DataError
 from rlhf.functional.preference import accuracy, wilson_interval
 from rlhf.training.reward_figures import lengths_of
 
-FEW = 30
-"""Prompts; an interval of fewer is marked. Wilson's is then 17 points and more to either side of one half."""
-
 Slices = dict[str, dict[str, float]]
 """`source: web` -> prompts, accuracy, accuracy_low, accuracy_high."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlhf.training.evaluation.rows import REWARD_MODEL
-from rlhf.training.evaluation.slices import FEW
+from rlhf.training.reading import FEW
 
 SLICES_SHOWN = 30
 """Lines; --json and --output have all."""
