@@ -21,7 +21,8 @@ the target of Ziegler et al. 2019."""
 LENGTH_LEFT = 0.2
 """Of the mean length at the start; below it replies end at once."""
 LENGTH_CORRELATION = 0.5
-"""Pearson's, of score and length; the limit that the report has for reward models."""
+"""Pearson's, of score and length, over the replies of an iteration: fewer than the pairs of a reward model, of which the
+report is stricter."""
 RATE_MOVES = 1e-6
 """Relative; less is rounding."""
 FALLS_IN_A_ROW = 3

@@ -15,7 +15,7 @@ MANY_CLIPPED = 0.3
 """Share of tokens whose ratio left the clip range; above it most of a minibatch's gradient may be gone."""
 FEW_ENDED = 0.8
 ENTROPY_LEFT = 0.1
-"""Of what it was in the first iterations; below it the policy says one thing only."""
+"""Of what it was in the first iterations, where a run has no limit of its own (alarms.entropy_left)."""
 LENGTH_CORRELATION = 0.3
 CALIBRATION_ERROR = 0.1
 HIGH_KL = 50.0
@@ -61,7 +61,7 @@ def warned(notes: Sequence[tuple[int, str]]) -> list[Finding]:
 def findings(stage: str, config: dict[str, Any], result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
     """Of the figures. Nothing is said of what was not measured."""
     if stage in ("ppo", "grpo"):
-        return [*_reward(result, metrics), *_kl(config, metrics), *_policy(metrics)]
+        return [*_reward(result, metrics), *_kl(config, metrics), *_policy(config, metrics)]
     if stage in ("rm", "dpo", "kto"):
         return [*_accuracy(result), *_loss(metrics)]
     return _loss(metrics)
@@ -112,27 +112,28 @@ def _kl(config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
     if budget is None and max(kl) > HIGH_KL:
         return [Finding("warn", f"KL from the reference: {told}, which is far. Read the replies; kl.coef holds it back.")]
     if budget is None:
-        return [Finding("good", f"KL from the reference: {told}. No budget was set (kl.controller is fixed).")]
-    if max(kl) > 2 * budget:
+        return [Finding("good", f"KL from the reference: {told}. No budget was set (alarms.kl_budget).")]
+    if max(kl) > budget:
         return [Finding("warn", f"KL from the reference left its budget of {budget:g}: {told}.")]
-    return [Finding("good", f"KL from the reference stayed about its budget of {budget:g}: {told}.")]
+    return [Finding("good", f"KL from the reference stayed in its budget of {budget:g}: {told}.")]
 
 
 def kl_budget(config: dict[str, Any]) -> float | None:
-    """What an adaptive controller steers to; a fixed coefficient has none."""
-    kl = config.get("kl", {})
-    return kl.get("target") if kl.get("controller", "fixed") != "fixed" else None
+    """What the alarms allow: their limit, or twice what an adaptive controller steers to; a fixed coefficient has none."""
+    kl, limit = config.get("kl", {}), config.get("alarms", {}).get("kl_budget")
+    adaptive = kl.get("controller", "fixed") != "fixed"
+    return limit or (2 * kl["target"] if adaptive else None)
 
 
-def _policy(metrics: list[dict[str, Any]]) -> list[Finding]:
-    found = []
+def _policy(config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
+    found, entropy_left = [], config.get("alarms", {}).get("entropy_left", ENTROPY_LEFT)
     clipped, ended = series(metrics, "policy/clip_fraction"), series(metrics, "rollout/ended")
     entropy, explained = series(metrics, "policy/entropy"), series(metrics, "value/explained_variance")
     if clipped and (late := _late(clipped)) > MANY_CLIPPED:
         found.append(Finding("warn", f"{late:.0%} of tokens are clipped: lower optimizer.lr or the epochs."))
     if ended and (late := _late(ended)) < FEW_ENDED:
         found.append(Finding("warn", f"Only {late:.0%} of replies end by themselves: raise rollout.max_new_tokens."))
-    if len(entropy) > 4 and _late(entropy) < ENTROPY_LEFT * entropy[0]:
+    if len(entropy) > 4 and _late(entropy) < entropy_left * entropy[0]:
         found.append(Finding("warn", f"Entropy fell from {entropy[0]:.3g} to {_late(entropy):.3g}: the policy is collapsing."))
     if len(explained) > 4 and (late := _late(explained)) < 0:
         found.append(Finding("warn", f"The critic explains nothing of the returns (explained variance {late:.2f})."))
