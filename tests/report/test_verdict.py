@@ -44,6 +44,13 @@ def test_the_budget_of_kl(kl, controller, level):
     assert [found for found, said in told("ppo", {}, [{"step": 1, "kl/sequence": kl}], config)] == [level]
 
 
+@pytest.mark.parametrize(("kl", "level"), [(4, "good"), (6, "warn")])
+def test_the_budget_of_kl_is_that_of_the_alarms(kl, level):
+    config = {"kl": {"controller": "fixed"}, "alarms": {"kl_budget": 5.0}}
+    ((found, said),) = told("ppo", {}, [{"step": 1, "kl/sequence": kl}], config)
+    assert (found, "budget of 5" in said) == (level, True)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "bad"),
     [
