@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tomllib
+from pathlib import Path
 
 import psutil
 import pytest
 
 from rlhf.cli import main
-from rlhf.commands.doctor import OPTIONAL, import_error
+from rlhf.commands.doctor import EXTRAS, OPTIONAL, import_error
 from rlhf.paths import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,23 @@ def test_the_machine(found):
 
 def test_a_package_that_is_there_and_one_that_is_not():
     assert import_error("json") is None
-    assert import_error("nothing_of_this_name") == "ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert import_error("nothing_of_this_name") == "not installed: pip install nothing_of_this_name"
+
+
+def test_how_to_install_it(monkeypatch, tmp_path):
+    """By the extra that has it. What is there, and lacks another package, says so in its own words."""
+    (tmp_path / "gguf.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert import_error("gguf") == "ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    (tmp_path / "gguf.py").write_text("raise ModuleNotFoundError(\"No module named 'gguf'\")\n")  # as if it were not there
+    assert import_error("gguf") == "not installed: pip install 'rlhf[gguf]'"
+
+
+def test_extras_have_the_packages():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert package.replace("_", "-") in re.split(r"[^\w-]", " ".join(extras[extra]))
+    assert {module.split(".")[0] for module in OPTIONAL} - EXTRAS.keys() == {"wandb", "trackio", "mlflow"}
 
 
 def test_it_is_printed_for_people_and_programs(found, monkeypatch, capsys):

@@ -35,6 +35,19 @@ OPTIONAL = {
 }
 """A module, and what needs it."""
 
+EXTRAS = {
+    "deepspeed": "deepspeed",
+    "transformer_engine": "fp8",
+    "torchao": "torchao",
+    "bitsandbytes": "qlora",
+    "gguf": "gguf",
+    "llguidance": "json-schema",
+    "sentencepiece": "sentencepiece",
+    "vllm": "vllm",
+    "tensorboard": "trackers",
+}
+"""The extra of rlhf that has the package; one without is installed by its name."""
+
 NEEDS_GPU = ("gpu", "multinode")
 IMPORT_SECONDS = 120
 
@@ -65,7 +78,8 @@ def examined() -> dict[str, Any]:
 
 
 def import_error(module: str) -> str | None:
-    """What importing it says last, where it fails; None where it works. It can do this process no harm."""
+    """How to install it where it is not there; what importing it says last, where that fails; None where it works. It can do
+    this process no harm."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", f"import {module}"],
@@ -78,7 +92,12 @@ def import_error(module: str) -> str | None:
         return f"no end of its import within {IMPORT_SECONDS} s"
     if done.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines() or [f"its import ended with {done.returncode}"])[-1]
+    said = (done.stderr.strip().splitlines() or [f"its import ended with {done.returncode}"])[-1]
+    package = module.split(".")[0]
+    if said != f"ModuleNotFoundError: No module named {package!r}":  # another name would be one that it needs
+        return said
+    what = f"'rlhf[{EXTRAS[package]}]'" if package in EXTRAS else package
+    return f"not installed: pip install {what}"
 
 
 def _devices() -> list[str]:
@@ -107,7 +126,7 @@ def _launch_files(devices: list[str], packages: dict[str, str | None]) -> dict[s
         name = file.stem
         reasons[name] = None
         if name.startswith("zero") and packages["deepspeed"]:
-            reasons[name] = f"DeepSpeed cannot be imported: {packages['deepspeed']}"
+            reasons[name] = f"DeepSpeed: {packages['deepspeed']}"
         elif name in NEEDS_GPU and not devices:
             reasons[name] = "no GPU that torch can use"
     return reasons

@@ -10,8 +10,8 @@ from rlhf.config.arguments import Parser
 USAGE = """\
 rlhf explain [NAME] [--json]
 
-  NAME   a metric of metrics.jsonl (kl/sequence, or sequence where only one ends so), a self-check ('first ratio'), an alarm
-         ('KL budget') or an exit code (71). Without it, every name there is.
+  NAME   a metric of metrics.jsonl (kl/sequence, or sequence where only one ends so), a self-check (first ratio), an alarm
+         (KL budget) or an exit code (71). Without it, every name there is.
 
   What it is and in which unit, what is healthy, what it means where it is not, the three likeliest causes in order, and what
   to do. A NAME with * in the list stands for all of that form: reward/* for the sources of a combined reward."""
@@ -19,13 +19,14 @@ rlhf explain [NAME] [--json]
 
 def run(argv: list[str]) -> int:
     parser = Parser(USAGE)
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("words", nargs="*")
     parser.add_argument("--json", action="store_true", dest="as_json")
     given = parser.parse_args(argv)
 
     from rlhf.runs.explain import ENTRIES, explained, why_and_what
 
-    if given.name is None:
+    name = " ".join(given.words)
+    if not name:
         if given.as_json:
             print(json.dumps([asdict(entry) for entry in ENTRIES], indent=2))
             return 0
@@ -36,11 +37,11 @@ def run(argv: list[str]) -> int:
                 if entry.kind == kind:
                     print(f"  {entry.name:27} {entry.what}")
         return 0
-    entry = explained(given.name)
+    entry = explained(name)
     if given.as_json:
-        print(json.dumps({"asked": given.name} | asdict(entry), indent=2))
+        print(json.dumps({"asked": name} | asdict(entry), indent=2))
         return 0
-    about = entry.name if entry.name == given.name else f"{given.name} (as {entry.name})"
+    about = entry.name if entry.name == name else f"{name} (as {entry.name})"
     print("\n".join([f"{about}, a{'n' if entry.kind[0] in 'ae' else ''} {entry.kind}", f"it is: {entry.what}"]))
     print("\n".join([f"healthy: {entry.healthy}", *why_and_what(entry)]))
     return 0

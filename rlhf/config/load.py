@@ -50,12 +50,12 @@ def load(
         if not isinstance(inner, tree.Mapping):
             raise ConfigError(f"{file}: has no {section}")
         root = inner
-    _put_flags(cls, root, overrides, other_flags, mistakes)
+    beneath = _put_flags(cls, root, overrides, other_flags, mistakes)
     mistakes.extend(_secrets(root, ()))
     try:
         config = cls.model_validate_json(json.dumps(_plain(Field("section", section=cls), root)), strict=True)
     except ValidationError as error:
-        mistakes.extend(_explain(cls, root, error))
+        mistakes.extend(_explain(cls, root, error, beneath))
         raise _as_error(mistakes) from None
     if mistakes:
         raise _as_error(mistakes)
@@ -131,7 +131,9 @@ def _put_flags(
     overrides: Sequence[tuple[str, str]],
     other_flags: Sequence[str],
     mistakes: list[Mistake],
-) -> None:
+) -> dict[tree.Place, tree.Node]:
+    """Returns what the file said of the flags' fields, by the place of each flag."""
+    beneath: dict[tree.Place, tree.Node] = {}
     seen: dict[fields.Path, str] = {}
     for index, (flag, text) in enumerate(overrides):
         place, path = tree.in_flags(index, flag), fields.canonical(cls, flag)
@@ -149,7 +151,10 @@ def _put_flags(
             mistakes.append(Mistake(place, name, f"given twice, first as --{seen[path]}; keep one"))
         else:
             seen[path] = flag
+            if (before := tree.at(root, path)) is not None:
+                beneath[place] = before
             tree.put(root, path, _flag_node(field, place, text), place)
+    return beneath
 
 
 def _flag_node(field: Field, place: tree.Place, text: str) -> tree.Node:
@@ -202,7 +207,9 @@ READERS: dict[fields.Form, Callable[[str], Any]] = {
 }
 
 
-def _explain(cls: type[Section], root: tree.Mapping, error: ValidationError) -> Iterator[Mistake]:
+def _explain(
+    cls: type[Section], root: tree.Mapping, error: ValidationError, beneath: dict[tree.Place, tree.Node]
+) -> Iterator[Mistake]:
     for detail in error.errors(include_url=False):
         path = detail["loc"]
         node, field = tree.nearest(root, path), fields.at(cls, path)
@@ -216,7 +223,7 @@ def _explain(cls: type[Section], root: tree.Mapping, error: ValidationError) -> 
             case "value_error":
                 yield _inconsistent(root, path, detail["msg"].removeprefix("Value error, "))
             case _ if field:
-                advice = _advice(field, node)
+                advice = _advice(field, node, beneath.get(node.place))
                 message = f"given {given(node)}, expected {field.expected}{advice and '; '}{advice}"
                 yield Mistake(node.place, dotted(path), message)
 
@@ -240,7 +247,8 @@ def _inconsistent(root: tree.Mapping, path: fields.Path, message: str) -> Mistak
     return Mistake(node.place, dotted(path), message)
 
 
-def _advice(field: Field, node: tree.Node) -> str:
+def _advice(field: Field, node: tree.Node, beneath: tree.Node | None) -> str:
+    """`beneath`: what the file says where a flag goes over it."""
     text = node.text if isinstance(node, tree.Scalar) else ""
     if field.form == "boolean" and text.lower() in YES_AND_NO | {"true": "", "false": ""}:
         return f"write `{YES_AND_NO.get(text.lower(), text.lower())}`"
@@ -250,6 +258,8 @@ def _advice(field: Field, node: tree.Node) -> str:
         return f"write `{int(float(text))}`"
     if near := get_close_matches(text.lower(), field.choices, n=1, cutoff=0.8):
         return f"did you mean `{near[0]}`?"
+    if beneath is not None:
+        return f"leave it out for {given(beneath)}, as {beneath.place.text} has it"
     if field.required:
         return field.description
     return "leave it out for the defaults" if field.section else f"leave it out for the default {field.default_text}"

@@ -282,13 +282,17 @@ def help_text(stage: str) -> str:
         ],
     )
     description = f"{schema.__doc__}\n\nFlags go over the config file. `-` and `_` are the same inside a flag's name."
+    places = POSITIONALS.get(stage, ())
+    if places:
+        instead = " ".join(f"{fields.flag_for(name)} {name.upper()}" for name in places)
+        description += f"\n`{' '.join(map(str.upper, places))}` may also be given as `{instead}`."
     # tyro draws frames where the encoding has them; a buffer, unlike StringIO, has an encoding to ask.
     drawing = TextIOWrapper(BytesIO(), encoding=sys.stdout.encoding)
     with redirect_stdout(drawing), suppress(SystemExit):
         # every help text is given above; for sections, which have none, tyro would read sources to find one in a comment
         tyro.cli(
             page,
-            prog=f"rlhf {stage}",
+            prog=" ".join(["rlhf", stage, *map(str.upper, places)]),
             description=description,
             args=["--help"],
             config=(tyro.conf.HelptextFromCommentsOff,),

@@ -196,6 +196,14 @@ def put(root: Mapping, path: Path, node: Node, key: Place) -> None:
     section.keys[last] = key
 
 
+def at(root: Mapping, path: Path) -> Node | None:
+    """What hangs at `path`, if anything does."""
+    node: Node | None = root
+    for name in path:
+        node = node.children.get(str(name)) if isinstance(node, Mapping) else None
+    return node
+
+
 def nearest(root: Mapping, path: Path) -> Node:
     """The node at `path`, or the last one on the way to it."""
     node: Node = root

@@ -142,19 +142,21 @@ class Count:
         self.console, self.total, self.what = console, total, what
         self.done, self.tokens = 0, 0.0
         self.started = self.last = time.monotonic()
+        self.on_terminal = console.rich.is_terminal and not console.rich.is_dumb_terminal
+        if console.speak and self.on_terminal:
+            console.draw(0.0, f"0 of {total} {what}")
 
     def add(self, done: int, tokens: float = 0.0) -> None:
         """So many more, and the tokens that were handled."""
         self.done, self.tokens = self.done + done, self.tokens + tokens
         console, now = self.console, time.monotonic()
-        on_terminal = console.rich.is_terminal and not console.rich.is_dumb_terminal
-        if not console.speak or now - self.last < (REDRAWN_EVERY_SECONDS if on_terminal else COUNTED_EVERY_SECONDS):
+        if not console.speak or now - self.last < (REDRAWN_EVERY_SECONDS if self.on_terminal else COUNTED_EVERY_SECONDS):
             return
         self.last, elapsed, fraction = now, now - self.started, min(self.done / self.total, 1.0)
         speed = f"  {self.tokens / elapsed:,.0f} tokens/s" if self.tokens else ""
         left = f"  {_clock(elapsed / fraction * (1 - fraction))} left" if fraction else ""
         text = f"{self.done} of {self.total} {self.what}{speed}{left}"
-        if on_terminal:
+        if self.on_terminal:
             console.draw(fraction, text)
         else:
             console.rich.print(f"{console.stage}  {fraction:4.0%}  {text}")

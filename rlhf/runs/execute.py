@@ -10,7 +10,7 @@ from rlhf.config.engines import require_packages
 from rlhf.config.parse import Invocation
 from rlhf.runs import launch
 from rlhf.runs.dry_run import batches, require_together
-from rlhf.runs.inputs import require_inputs
+from rlhf.runs.inputs import require_inputs, require_rows
 from rlhf.runs.lineage import state_of
 from rlhf.runs.lock import check_output, check_unlocked
 from rlhf.runs.manifest import read_status, say_done
@@ -56,6 +56,7 @@ def execute(invocation: Invocation, quiet: bool = False, alone: bool = True) -> 
             say_done(run)
         print(f"{stage}: done, kept: {run}", file=log, flush=True)
         return 0
+    require_rows(invocation)
     beginning = "going on with" if state == "resume" else "starting"
     print(f"{stage}: {beginning if keeps_books else 'joins'} {run}", file=log)
     for line in batches(config, world_size):

@@ -57,6 +57,7 @@ def score(invocation: Invocation[ScoreConfig]) -> int:
             for reply, found in zip(part, _scores(reward, config.reward.weight, part), strict=True):
                 side = reply.name.removeprefix("score")
                 lines[reply.asked.index] |= {reply.name: found[0], **({f"scores{side}": found[1]} if found[1] else {})}
+            count.add(0 if models else len(part))
     write(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     result = {"output": str(output), "rows": len(lines), **summary(lines, replies)}
     print(json.dumps(result, indent=2) if invocation.as_json else described(result))

@@ -278,3 +278,11 @@ def test_what_an_fp8_recipe_does_not_have_is_refused(settings, problem):
     with pytest.raises(ValidationError, match=problem):
         Fp8(**settings)
     Fp8(**{**settings, "recipe": "none"})  # FP8 off, whatever it was before
+
+
+def test_what_would_hold_without_the_flag_is_what_the_file_says(tmp_path: Path) -> None:
+    flag, said = ("optimizer.lr", "-1e-4"), "--optimizer.lr: given `-1e-4`, expected a number, above 0; leave it out for "
+    file = "output: x\noptimizer:\n  lr: 3e-4\nroles: {actor: a}\nreward: {source: r}\ndata: {train: t}\n"
+    assert mistakes(tmp_path, file, flag) == [f"{said}`3e-4`, as ppo.yaml:3:7 has it"]
+    without = file.replace("lr: 3e-4", "max_grad_norm: 1")
+    assert mistakes(tmp_path, without, flag) == [f"{said}the default 1e-06"]

@@ -227,3 +227,20 @@ def test_a_command_line_is_read_without_torch(argv: list[str], tyro: bool) -> No
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1].split() == (["loaded", "tyro"] if tyro else ["loaded"])
+
+
+@pytest.mark.parametrize(
+    ("command", "usage", "flags"),
+    [
+        ("generate", "usage: rlhf generate MODEL [-h] [OPTIONS]", "`MODEL` may also be given as `--model MODEL`."),
+        ("eval", "usage: rlhf eval MODEL [-h] [OPTIONS]", "`MODEL` may also be given as `--model MODEL`."),
+        ("chat", "usage: rlhf chat MODEL [-h] [OPTIONS]", "`MODEL` may also be given as `--model MODEL`."),
+        ("score", "usage: rlhf score REWARD DATA [-h]", "may also be given as `--reward REWARD --data DATA`."),
+        ("sft", "usage: rlhf sft [-h] [OPTIONS]", ""),
+    ],
+)
+def test_what_is_given_by_its_place_is_in_the_usage(command: str, usage: str, flags: str) -> None:
+    text = " ".join(help_text(command).split())
+    assert text.startswith(usage)
+    assert flags in text
+    assert ("may also be given as" in text) is bool(flags)

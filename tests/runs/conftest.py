@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import sys
@@ -22,6 +23,13 @@ CONFIGS = {
 }
 
 
+ROWS = {
+    "sft": {"prompt": "a", "completion": "b"},
+    "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "prompts": {"prompt": "a"},
+}
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: a base model, data, and a config for each stage."""
@@ -36,8 +44,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "place"
     (place / "base").mkdir(parents=True)
     (place / "base" / "config.json").write_text("{}")
-    for name in ("sft", "pairs", "prompts"):
-        (place / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    for name, row in ROWS.items():
+        (place / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     for name, text in CONFIGS.items():
         (place / name).write_text(text)
     monkeypatch.chdir(place)

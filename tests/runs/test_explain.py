@@ -125,3 +125,14 @@ def test_the_commands_of_the_page_run(command, capsys):
     assert (program, word) == ("rlhf", "explain")
     assert run(words) == 0
     assert capsys.readouterr().out
+
+
+def test_a_name_of_several_words_needs_no_quotes(capsys):
+    for name in ("first ratio", "KL budget"):
+        assert run([name]) == 0
+        quoted = capsys.readouterr().out
+        assert quoted.startswith(name)
+        assert run(name.split()) == 0
+        assert capsys.readouterr().out == quoted
+    with pytest.raises(UsageError, match="nothing is called 'first rat1o'"):
+        run(["first", "rat1o"])

@@ -70,3 +70,53 @@ def test_a_pipeline_makes_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     assert main(["run", "pipeline.yaml", "--dry-run"]) == 65
     assert "reward.source of ppo.yaml: rm: no such model" in capfd.readouterr().err.replace(f"{Path.cwd()}/", "")
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "text", "message"),
+    [
+        ("sft", "data.train", "", ": the file is empty; expected at least one row\n"),
+        ("sft", "data.eval", "\n", ": the file is empty; expected at least one row\n"),
+        ("rm", "data.train", '{"prompt": "a", "completion": "b"}\n', ":1: "),
+        ("sft", "data.train", '{"question": "a", "completion": "b"}\n', ":1: unknown column 'question'; expected messages"),
+        ("ppo", "data.train", '{"question": "a"}\n', "is it one of them? --data.columns.prompt question\n"),
+        ("ppo", "data.eval", "[1]\n", ":1: expected an object, found a list"),
+        ("sft", "data.train", '{"prompt": "a", "completion": "b"', ":1: truncated last line"),
+    ],
+)
+def test_rows_are_looked_at_before_a_model_is_opened(
+    stage: str, field: str, text: str, message: str, make_run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the reader's own words, and before anything is started or written."""
+    for parent in ("sft", "rm"):
+        make_run(parent)
+    Path("bad.jsonl").write_text(text)
+    capfd.readouterr()
+    assert main([stage, "--config", f"{stage}.yaml", "--output", "new", f"--{field}", "bad.jsonl"]) == 65
+    said = capfd.readouterr()
+    assert said.err.startswith("rlhf: error: bad.jsonl")
+    assert message in said.err
+    assert said.out == ""
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_rows_that_begin_well_are_left_to_the_stage(stage: str, make_run) -> None:
+    """The negative control: the stand-ins read none. And what is skipped by `on_error: skip` is no reason to refuse."""
+    for parent in ("sft", "rm"):
+        make_run(parent)
+    good = Path({"sft": "sft.jsonl", "rm": "pairs.jsonl", "ppo": "prompts.jsonl"}[stage]).read_text()
+    Path("late.jsonl").write_text(good + "{}\n")
+    Path("early.jsonl").write_text("{}\n" + good * 9)
+    skip = ("--data.on_error", "skip", "--data.max_skip_fraction")
+    for number, (words, code) in enumerate(
+        [(["late.jsonl"], 0), (["early.jsonl"], 65), (["early.jsonl", *skip, "0.1"], 0), (["early.jsonl", *skip, "0.01"], 65)]
+    ):
+        assert main([stage, "--config", f"{stage}.yaml", "--output", f"new{number}", "--data", *words]) == code
+
+
+def test_columns_that_a_reward_asks_for_are_no_mistake_yet(make_run) -> None:
+    for parent in ("sft", "rm"):
+        make_run(parent)
+    Path("answers.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    assert main(["ppo", "--config", "ppo.yaml", "--reward", "verify:exact", "--data", "answers.jsonl"]) == 0

@@ -13,6 +13,11 @@ from rlhf.cli import main
 from rlhf.runs import summary
 from rlhf.runs.manifest import read_json
 
+ROWS = {
+    "sft": {"completion": "b"},
+    "pairs": {"chosen": "b", "rejected": "c"},
+    "prompts": {},
+}
 PIPELINE = """\
 output: out
 world: {seed: 7}
@@ -25,13 +30,13 @@ stages:
 
 @pytest.fixture(autouse=True)
 def pipeline(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pipeline file; the world it generates is two files instead of thousands of rows."""
+    """A pipeline file; the world it generates is a row a stage instead of thousands."""
 
     def small_world(directory: Path, seed: int) -> None:
         (directory / "base").mkdir(parents=True, exist_ok=True)
         (directory / "base" / "config.json").write_text("{}")
-        for name in ("sft", "pairs", "prompts"):
-            (directory / f"{name}.jsonl").write_text(f"{name} {seed}\n")
+        for name, row in ROWS.items():
+            (directory / f"{name}.jsonl").write_text(json.dumps(row | {"prompt": f"drawn with {seed}"}) + "\n")
 
     monkeypatch.setattr("rlhf.data.chat_world.write_world", small_world)
     (workplace / "pipeline.yaml").write_text(PIPELINE)

@@ -253,6 +253,7 @@ def test_a_mistake_is_one_message(llamas, world, tmp_path, monkeypatch, capsys, 
         ("eval critic --data pairs.jsonl --batch-size 10", ["10 of 37 rows", "37 of 37 rows"]),
         ("eval model --data pairs.jsonl --reference model --batch-size 20", ["20 of 37 rows", "37 of 37 rows"]),
         ("score critic pairs.jsonl --output FILE --batch-size 60", ["60 of 74 scores", "74 of 74 scores"]),
+        ("score FILE.py:f pairs.jsonl --output FILE", ["74 of 74 scores"]),
         ("generate model --data prompts.jsonl --output FILE --max-new-tokens 2", ["29 of 29 replies"]),
         (
             "eval model --prompts prompts.jsonl --reference model --reward critic --max-new-tokens 2",
@@ -263,6 +264,8 @@ def test_a_mistake_is_one_message(llamas, world, tmp_path, monkeypatch, capsys, 
 def test_how_far_it_is_is_told(llamas, tmp_path, capsys, monkeypatch, command, counts):
     """To standard error, of files of 37 rows and 29 prompts; and nothing of what is over within half a minute."""
     monkeypatch.chdir(llamas)
+    for name in ("quick", "told"):
+        (tmp_path / f"{name}.jsonl.py").write_text("def f(responses):\n    return [1.0] * len(responses)\n")
     words = command.replace("FILE", str(tmp_path / "quick.jsonl")).split()
     assert main([*words, "--json"]) == 0
     assert " left\n" not in capsys.readouterr().err

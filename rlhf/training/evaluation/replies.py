@@ -125,10 +125,10 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
         models = {name: _reading(config.reward.models[name], roles, own, console) for name, roles in opened.items()}
         count = counted_scores(config.reward, models, len(own.prompts), console)
         reward = open_reward(config.reward, readers, models, own.template, config.batch_size, told=count.add)
-        parts = [  # a call of a function or a service has a deadline
-            reward(own.samples.rows(rows), [own.prompts[row] for row in rows])
-            for rows in chunks(range(len(own.prompts)), AT_ONCE)
-        ]
+        parts = []
+        for rows in chunks(range(len(own.prompts)), AT_ONCE):  # a call of a function or a service has a deadline
+            parts.append(reward(own.samples.rows(rows), [own.prompts[row] for row in rows]))
+            count.add(0 if models else len(rows))
         scores = Scores.joined(parts)
         _require_finite(scores, own.prompts)
         found.append(replace(scores, scores=config.reward.weight * scores.scores.double()))
@@ -136,8 +136,8 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
 
 
 def counted_scores(reward: Scoring, models: Mapping[str, RewardModel], replies: int, console: Console) -> Count:
-    """Of models alone, which take long on this machine: each reads a reply, and its row's answer where that is taken off."""
-    return console.count(replies * sum(1 + reward.parts[name].minus_answer for name in models), "scores")
+    """What models are asked: of a reply, and of its row's answer where that is taken off. Without a model, replies."""
+    return console.count(replies * (sum(1 + reward.parts[name].minus_answer for name in models) or 1), "scores")
 
 
 def _reading(spec: str, roles: Roles, own: Answered, console: Console) -> RewardModel:
