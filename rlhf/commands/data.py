@@ -146,15 +146,15 @@ def _check(given: argparse.Namespace) -> int:
     found = check(given.file, given.kind, given.columns, given.json_key, given.against)
     for error in found["errors"]:
         error["fix"] = _own_flags(error["fix"])
-    stops = False
+    found["stops"] = False
     if given.model:
-        found["tokens"], stops = _in_tokens(given, found["notes"])
+        found["tokens"], found["stops"] = _in_tokens(given, found["notes"])
     if given.as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         errors = [line for line, _ in problems_alike([Problem(**error) for error in found["errors"]])]
         print("\n".join(_described(found, errors)))
-    return DataError.exit_code if found["errors"] or stops else 0
+    return DataError.exit_code if found["errors"] or found["stops"] else 0
 
 
 def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
@@ -167,7 +167,8 @@ def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
         yields.append(f"  length    {name}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()) + " characters")
     yields += [f"  against   {found['against']}"] if found["against"] else []
     yields += [f"  tokens    {note}" for note in found.get("tokens", [])]
-    if not errors and not found["findings"]:
+    warned = any(note.startswith("warning: ") for note in found.get("tokens", []))
+    if not errors and not found["findings"] and not found["stops"] and not warned:
         yields.append("  ok        no error, nothing odd")
     return yields
 

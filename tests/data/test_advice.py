@@ -212,8 +212,10 @@ STOPS = "4 of them are longer than 20 tokens, where a run stops"
     ],
 )
 def test_a_check_says_which_rows_a_run_has(words, code, told, model, tmp_path, capsys):
-    file = write(tmp_path / "rows.jsonl", *LONG)
-    assert told in said(capsys, "check", file, "--model", model, *words, code=code)
+    rows = [row | {"prompt": f"q{place}"} for place, row in enumerate(LONG)]
+    found = said(capsys, "check", write(tmp_path / "rows.jsonl", *rows), "--model", model, *words, code=code)
+    assert told in found
+    assert ("nothing odd" in found) == (told.startswith("9 rows") and "20" not in words)
 
 
 def test_the_run_that_was_foretold(model, tmp_path):
