@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config.arguments import Parser, positive
 from rlhf.errors import ConfigError, DataError, OutputError, UsageError
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     from rlhf.data.shapes import Kind
 
 USAGE = """\
-rlhf data check FILE [--stage STAGE] [--model MODEL --max-length N] [--against FILE] [--columns.prompt NAME ...] [--json]
-rlhf data preview FILE --model MODEL [--rows N] [--max-length N] [--stage STAGE] [--columns.prompt NAME ...]
+rlhf data check FILE [--stage STAGE] [--against FILE] [--columns.prompt NAME ...] [--json]
+                     [--model MODEL [--config NAME] [--max-length N] [--too-long fail|skip|truncate|split]]
+rlhf data preview FILE --model MODEL [--rows N] [--config NAME] [--max-length N] [--stage STAGE] [--columns.prompt NAME ...]
 rlhf data split FILE TRAIN EVAL [--part 0.1] [--stage STAGE] [--columns.prompt NAME ...] [--json]
 rlhf data clean FILE OUTPUT [--keep-html] [--stage STAGE] [--columns.prompt NAME ...] [--json]
 
   FILE is .jsonl, .jsonl.gz, .json or .parquet; .txt: a prompt a line. --stage: sft, rm, dpo, kto or ppo; without it, what
   the first rows can be.
   check     the shape of its rows, every mistake with its place (exit 65), and what is odd: duplicates, contradictions, lengths,
-            HTML, broken encodings, longer replies preferred; with a model, what is cut and which pairs are equal then;
+            HTML, broken encodings, longer replies preferred; with a model, which rows a run has, by the stage's defaults, those
+            of a config and these flags: what is too long, which pairs are equal once cut (a run that would stop: exit 65);
             --against: prompts that stand in another file as well (train and eval, say)
   preview   rows as a model gets them: each token, what is trained on in colour (between ⟦ ⟧ where there is none), where
             replies end, two BOS as an error
@@ -65,7 +68,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("outputs", type=Path, nargs="*")
     parser.add_argument("--stage", choices=tuple(KINDS))
     parser.add_argument("--model")
-    parser.add_argument("--max-length", type=positive, default=1024)
+    parser.add_argument("--config")
+    parser.add_argument("--max-length", type=positive)
+    parser.add_argument("--too-long", choices=("fail", "skip", "truncate", "split"))
     parser.add_argument("--against", type=Path)
     parser.add_argument("--rows", type=positive, default=2)
     parser.add_argument("--part", type=float, default=0.1)
@@ -95,6 +100,8 @@ def _require_fit(given: argparse.Namespace) -> None:
         raise UsageError(f"data {given.action}: expected {expected} files after FILE, found {len(given.outputs)}\n{USAGE}")
     if given.action == "preview" and not given.model:
         raise UsageError("data preview: give --model, whose tokenizer and template the rows are read with")
+    if given.action == "check" and not given.model and (given.config or given.max_length or given.too_long):
+        raise UsageError("data check: --config, --max-length and --too-long are about tokens; give --model, whose they are")
     if given.json_key and given.stage not in (None, "sft"):
         raise UsageError(f"--json-key {given.json_key} names a column of plain text, which --stage {given.stage} does not read")
     if not 0 < given.part < 1:
@@ -139,14 +146,15 @@ def _check(given: argparse.Namespace) -> int:
     found = check(given.file, given.kind, given.columns, given.json_key, given.against)
     for error in found["errors"]:
         error["fix"] = _own_flags(error["fix"])
+    found["stops"] = False
     if given.model:
-        found["tokens"] = _in_tokens(given)
+        found["tokens"], found["stops"] = _in_tokens(given, found["notes"])
     if given.as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         errors = [line for line, _ in problems_alike([Problem(**error) for error in found["errors"]])]
         print("\n".join(_described(found, errors)))
-    return DataError.exit_code if found["errors"] else 0
+    return DataError.exit_code if found["errors"] or found["stops"] else 0
 
 
 def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
@@ -159,37 +167,74 @@ def _described(found: dict[str, Any], errors: list[str]) -> list[str]:
         yields.append(f"  length    {name}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items()) + " characters")
     yields += [f"  against   {found['against']}"] if found["against"] else []
     yields += [f"  tokens    {note}" for note in found.get("tokens", [])]
-    if not errors and not found["findings"]:
+    warned = any(note.startswith("warning: ") for note in found.get("tokens", []))
+    if not errors and not found["findings"] and not found["stops"] and not warned:
         yields.append("  ok        no error, nothing odd")
     return yields
 
 
-def _in_tokens(given: argparse.Namespace) -> list[str]:
-    """What a stage would say of the file, with everything too long cut."""
-    from rlhf.config.sections import Reading, TextReading
-    from rlhf.data.examples import prompt_examples, ranked_examples, rated_examples, sft_examples
+def _in_tokens(given: argparse.Namespace, said: list[str]) -> tuple[list[str], bool]:
+    """What a run would have of the file, of what is not `said` yet; and whether it would stop there."""
+    from rlhf.data import examples
     from rlhf.data.survey import PARTS, percentiles
 
-    settings: dict[str, Any] = {"columns": given.columns, "extra_columns": "ignore", "max_length": given.max_length}
-    settings |= {"too_long": "truncate", "on_error": "skip", "max_skip_fraction": 1.0}
-    template = _template(given.model)
-    if given.kind in ("sft", "text"):
-        found = sft_examples(str(given.file), TextReading(json_key=given.json_key, **settings), template)
-    else:
-        read = {"ranking": ranked_examples, "pair": ranked_examples, "rated": rated_examples, "prompt": prompt_examples}
-        found = read[given.kind](str(given.file), Reading(**settings), template)
-    sizes = ", ".join(
-        f"{part} {size:,}" for part, size in zip(PARTS, percentiles([len(one) for one in found.items]), strict=True)
-    )
-    return [f"{len(found.items)} rows are left: {sizes} tokens", *found.notes]
+    reading = _reading(given)
+    template = _template(given.model, reading.template)
+    read = {"text": examples.sft_examples, "sft": examples.sft_examples, "ranking": examples.ranked_examples}
+    read |= {"pair": examples.pair_examples, "rated": examples.rated_examples, "prompt": examples.prompt_examples}
+
+    def rows(**rules: Any) -> Any:
+        lenient = {"extra_columns": "ignore", "on_error": "skip", "max_skip_fraction": 1.0}
+        return read[given.kind](str(given.file), reading.model_copy(update={**lenient, **rules}), template)
+
+    try:
+        whole = rows(max_length=sys.maxsize, too_long="truncate")
+        sizes = [len(one) for one in whole.items]
+        parts = zip(PARTS, percentiles(sizes), strict=True)
+        lines = [f"{len(sizes)} rows: {', '.join(f'{part} {size:,}' for part, size in parts)} tokens"]
+        longer = sum(size > reading.max_length for size in sizes)
+        if reading.too_long == "fail" and longer:
+            advice = "--data.max_length N, or --data.too_long skip, or truncate"
+            lines.append(f"{longer} of them are longer than {reading.max_length} tokens, where a run stops; give {advice}")
+            return lines, True
+        run = rows() if longer else whole
+    except DataError as error:
+        return str(error).splitlines(), True
+    new = [note for note in run.notes if note not in said]
+    return [*lines, f"{len(run.items)} rows are what a run has, of at most {reading.max_length} tokens", *new], False
 
 
-def _template(model: str) -> Any:
+def _reading(given: argparse.Namespace) -> Any:
+    """How the stage of these rows reads them: by its defaults, over them --config, over it the flags.
+
+    Raises ConfigError where the config has none of the stage's `data`, UsageError where it reads another column.
+    """
+    from rlhf.config.load import find_config, load
+    from rlhf.config.policies import PromptData
+    from rlhf.config.reward_models import RmData
+    from rlhf.config.schema import SftData
+    from rlhf.config.sections import Data
+
+    sections = {"text": SftData, "sft": SftData, "ranking": RmData, "pair": Data, "rated": Data, "prompt": PromptData}
+    flags = {"train": str(given.file), "max_length": given.max_length, "too_long": given.too_long, "json_key": given.json_key}
+    flags |= {f"columns.{field}": column for field, column in given.columns.items()}
+    overrides = [(name, str(value)) for name, value in flags.items() if value is not None]
+    file, section = (find_config(given.config), "data") if given.config else (None, None)
+    reading = load(sections[given.kind], file, overrides, section=section)
+    if getattr(reading, "json_key", None) != given.json_key:
+        raise UsageError(f"--config {given.config} is for plain text: give --json-key {getattr(reading, 'json_key', '')}")
+    if reading.columns != given.columns:
+        flags = " ".join(f"--columns.{field} {column}" for field, column in reading.columns.items())
+        raise UsageError(f"--config {given.config} maps columns: give {flags}")
+    return reading
+
+
+def _template(model: str, kind: Literal["auto", "chat", "plain"] = "auto") -> Any:
     from rlhf.data.templates import Template
     from rlhf.models.load import load_generation_config, load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(model)
-    return Template(tokenizer, "auto", stop_ids(load_generation_config(model), tokenizer))
+    return Template(tokenizer, kind, stop_ids(load_generation_config(model), tokenizer))
 
 
 def _preview(given: argparse.Namespace) -> int:
@@ -199,9 +244,10 @@ def _preview(given: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     twice = False
-    template = _template(given.model)
+    reading = _reading(given)
+    template = _template(given.model, reading.template)
     source = given.file, given.kind, given.columns, given.json_key
-    for row in preview(*source, template, given.rows, given.max_length, marked=console.color_system is None):
+    for row in preview(*source, template, given.rows, reading.max_length, marked=console.color_system is None):
         console.print(row.text)
         twice = twice or row.two_bos
     return DataError.exit_code if twice else 0

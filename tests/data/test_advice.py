@@ -183,3 +183,55 @@ def test_pairs_are_shown_as_chosen_and_rejected(model, tmp_path, capsys):
     told = said(capsys, "preview", write(tmp_path / "prompts.jsonl", {"prompt": "a b c"}), "--model", model)
     assert "tokens\n" in told
     assert "trained on" not in told
+
+
+LONG = [TEXT | {"completion": "b c d " * 10 if row < 4 else "b"} for row in range(9)]
+STOPS = "4 of them are longer than 20 tokens, where a run stops"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--max-length", "20"], 65, STOPS),
+        (["--max-length", "20", "--too-long", "fail"], 65, STOPS),
+        (["--max-length", "20", "--too-long", "skip"], 0, "5 rows are what a run has, of at most 20 tokens"),
+        (
+            ["--max-length", "20", "--too-long", "skip"],
+            0,
+            "warning: 4 of 9 rows longer than 20 tokens skipped; --data.max_length",
+        ),
+        (["--max-length", "20", "--too-long", "truncate"], 0, "9 rows are what a run has, of at most 20 tokens"),
+        (["--max-length", "200"], 0, "9 rows are what a run has, of at most 200 tokens"),
+        ([], 0, "9 rows are what a run has, of at most 1024 tokens"),
+        (["--stage", "ppo"], 0, "9 rows are what a run has, of at most 512 tokens"),
+        (["--max-length", "2", "--too-long", "skip"], 65, "no usable row is left"),
+        (["--config", "smollm2/sft"], 0, "9 rows are what a run has, of at most 160 tokens"),
+        (["--config", "smollm2/sft", "--max-length", "20"], 0, "warning: 4 of 9 rows longer than 20 tokens skipped"),
+        (["--config", "text/sft"], 2, "give --json-key text"),
+        (["--too-long", "split"], 78, "too_long may be `split` for plain text only"),
+    ],
+)
+def test_a_check_says_which_rows_a_run_has(words, code, told, model, tmp_path, capsys):
+    rows = [row | {"prompt": f"q{place}"} for place, row in enumerate(LONG)]
+    found = said(capsys, "check", write(tmp_path / "rows.jsonl", *rows), "--model", model, *words, code=code)
+    assert told in found
+    assert ("nothing odd" in found) == (told.startswith("9 rows") and "20" not in words)
+
+
+def test_the_run_that_was_foretold(model, tmp_path):
+    """The stage's own reader leaves as many rows and stops where it was said to."""
+    from rlhf.commands.data import _template
+    from rlhf.config.schema import SftData
+    from rlhf.data.examples import sft_examples
+
+    path, template = str(write(tmp_path / "rows.jsonl", *LONG)), _template(str(model))
+    assert len(sft_examples(path, SftData(train=path, max_length=20, too_long="skip"), template).items) == 5
+    with pytest.raises(DataError, match=r"more than data\.max_length 20"):
+        sft_examples(path, SftData(train=path, max_length=20), template)
+    assert len(sft_examples(path, SftData(train=path, max_length=200), template).items) == 9
+
+
+def test_lengths_want_a_model(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", TEXT)
+    assert "give --model" in said(capsys, "check", file, "--max-length", "20", code=2)
+    assert "1 rows for sft" in said(capsys, "check", file)

@@ -299,7 +299,7 @@ def test_two_bos_are_an_error_of_preview(prompt, code, model, tmp_path, capsys):
 def test_in_tokens_the_cut_and_the_equal_are_counted(model, tmp_path, capsys):
     long = "a b c d " * 8
     file = write(tmp_path / "rows.jsonl", *CLEAN[:0], pair("a", long + "a", long + "b"), pair("a", "b", "c"))
-    code, found = check(file, capsys, "--model", str(model), "--max-length", "12")
+    code, found = check(file, capsys, "--model", str(model), "--max-length", "12", "--too-long", "truncate")
     assert code == 0
     assert any("1 pairs dropped: chosen and rejected are the same tokens" in note for note in found["tokens"])
     _, found = check(file, capsys, "--model", str(model), "--max-length", "400")
