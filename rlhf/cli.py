@@ -28,6 +28,7 @@ rlhf: SFT, reward model, PPO: from pre-trained weights to a policy tuned on huma
   dpo, kto           from preferences alone                 rlhf dpo --config dpo --model runs/sft --data pairs.jsonl
   ppo                PPO against a reward                   rlhf ppo --config ppo --actor SFT --reward RM --data FILE
   grpo               the same without a critic              rlhf grpo --config grpo --actor SFT --reward RM --data FILE
+  plan STAGE         memory, time and cost of it, before    rlhf plan sft --config sft --model DIR --data FILE --gpus 8
   ppo --unit-test    is PPO itself right? in a minute       doctor   what this machine can run, and why not
   data ACTION FILE   check, clean, split, preview           explain  a metric, check, alarm or exit code, in words
   report RUN         a run as one HTML page                 show     what a run was made from

@@ -307,6 +307,19 @@ def test_commands_of_the_compare_page_run(user):
     assert [code for command, code in codes.items() if "--record" not in command] == [1]
 
 
+PLANS = re.findall(r"^ {4}rlhf (plan .*)", (ROOT / "docs" / "planning.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("command", [pytest.param(one, marks=pytest.mark.slow) if "--measure" in one else one for one in PLANS])
+def test_commands_of_the_planning_page_run(command, user, capsys):
+    before = sorted(path.name for path in user.rglob("*"))
+    assert main(command.split()) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said)["memory"] if "--json" in command else "memory of one process" in said
+    assert ("measured  peak" in said) is ("--measure" in command)
+    assert sorted(path.name for path in user.rglob("*")) == before
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_pages_name_commands_that_exist(page):
     words = set(re.findall(r"(?:^ {4}|`)rlhf ([a-z][a-z0-9-]*)", page.read_text(), re.M))

@@ -8,16 +8,43 @@ from typing import Any, NamedTuple
 from rlhf.config.schema import PolicyStage, Stage
 from rlhf.errors import ConfigError
 
+OFFLOADS = {"weights": "offload_param", "gradients": "offload_optimizer", "optimizer": "offload_optimizer"}
+"""A part of the state -> the section of a DeepSpeed file that moves it to the host: gradients go where the moments are."""
+REDUCE_BUCKET = 500_000_000
+"""Elements that ZeRO exchanges at a time, where its file does not say (DeepSpeed's own default)."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered, where its file does not say (DeepSpeed's own default)."""
+
 
 class Engine(NamedTuple):
     """`divides`: what each rank holds a part of only, as ZeRO counts it: 1 the optimizer's state, 2 gradients, 3 weights."""
 
     name: str
     divides: int
+    offloaded: frozenset[str] = frozenset()
+    """What of weights, gradients and optimizer lies in the host's memory."""
+    bucket: int = 0
+    """Elements of the buffers that ZeRO exchanges gradients through, which are allocated whole."""
+    gathers: int = 0
+    """Elements of divided weights that ZeRO-3 may hold whole at once, so as not to gather them again."""
+
+    @property
+    def divided(self) -> frozenset[str]:
+        return frozenset(("optimizer", "gradients", "weights")[: self.divides])
 
     @classmethod
-    def of_deepspeed(cls, stage: int) -> Engine:
-        return cls(f"zero{stage}", stage)
+    def of_deepspeed(cls, stage: int, zero: dict[str, Any] | None = None) -> Engine:
+        """`zero`: the section zero_optimization of the file."""
+        zero = zero or {}
+        buffers = 2 if zero.get("overlap_comm") and stage < 3 else 1
+        bucket = buffers * int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) if zero.get("contiguous_gradients", True) else 0
+        gathers = int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)) if stage == 3 else 0
+        return cls(f"zero{stage}", stage, offloaded(zero), bucket, gathers)
+
+
+def offloaded(zero: dict[str, Any]) -> frozenset[str]:
+    """What of the state the section zero_optimization of a DeepSpeed file moves to the host."""
+    return frozenset(what for what, key in OFFLOADS.items() if (zero.get(key) or {}).get("device") in ("cpu", "nvme"))
 
 
 def require_fit(config: Stage, engine: Engine) -> None:

@@ -5,7 +5,7 @@ What it makes of a row is then the same for all of them and in every epoch, so i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,12 +52,17 @@ def share_lower(model: nn.Module, owner: nn.Module, count: int) -> bool:
     own, shared = lower_part(model, count), lower_part(owner, count)
     if own.keys() != shared.keys() or not all(_equal(own[place], shared[place]) for place in own):
         return False
+    place_lower(model, own, shared)
+    return True
+
+
+def place_lower(model: nn.Module, own: Mapping[str, nn.Module], shared: Mapping[str, nn.Module]) -> None:
+    """Puts parts, by their places, where the model has its own."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     for place, part in shared.items():
         if isinstance(head, nn.Linear) and head.weight is getattr(own[place], "weight", None):
             head.weight = part.weight  # pyright: ignore[reportAttributeAccessIssue]
         model.set_submodule(place, part)
-    return True
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:

@@ -95,12 +95,12 @@ def load_actor(spec: str, loading: Loading, from_scratch: bool = False) -> PreTr
     """A causal language model. `from_scratch` draws its weights from `loading.seed` instead of reading them."""
     source = local(resolve(spec))
     if from_scratch:
-        return _finish(_from_config(source, loading), loading)
+        return finish(_from_config(source, loading), loading)
     model, report = _from_pretrained(AutoModelForCausalLM, source, loading)
     if any(key.startswith(f"{HEAD}.") for key in report["unexpected_keys"]):
         raise DataError(f"{spec}: holds a scalar head (`{HEAD}.weight`): this is a reward model, not a policy")
     _account(spec, report, missing=set(), unexpected=set())
-    return _finish(model, loading)
+    return finish(model, loading)
 
 
 def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool = False) -> PreTrainedModel:
@@ -119,7 +119,7 @@ def load_scalar(spec: str, loading: Loading, role: str = "model", new_head: bool
         initialise_head(model, loading.seed)
     else:
         bias_from_config(model)
-    return _finish(model, loading)
+    return finish(model, loading)
 
 
 def is_scalar(spec: str, trust_remote_code: bool = False) -> bool:
@@ -159,7 +159,7 @@ def _from_config(source: Source, loading: Loading) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loading.seed)
         model = AutoModelForCausalLM.from_config(
-            _without_dropout(config),
+            without_dropout(config),
             dtype=torch.float32,
             attn_implementation=loading.attention,
             trust_remote_code=loading.trust_remote_code,
@@ -185,7 +185,7 @@ def _from_pretrained(factory: Any, source: Source, loading: Loading, **changes: 
         return factory.from_pretrained(
             source.path,
             revision=source.revision,
-            config=_without_dropout(config),
+            config=without_dropout(config),
             dtype=loading.dtype,
             attn_implementation=loading.attention,
             output_loading_info=True,
@@ -240,7 +240,7 @@ def _account(spec: str, report: dict[str, Any], missing: set[str], unexpected: s
             raise DataError(f"{spec}: the checkpoint {what} {', '.join(keys[:5])}{more}")
 
 
-def _without_dropout(config: Any) -> Any:
+def without_dropout(config: Any) -> Any:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in list(vars(part).items()):
             if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
@@ -248,7 +248,8 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def _finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+def finish(model: PreTrainedModel, loading: Loading) -> PreTrainedModel:
+    """As every stage computes with it."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # the row of pad gets no gradient, and where pad is EOS it is the row of EOS

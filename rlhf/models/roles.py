@@ -151,20 +151,20 @@ class Roles:
 
 
 def open_sft(config: SftConfig) -> Roles:
-    model = load_actor(config.model.path, _loading(config), config.model.from_scratch)
+    model = load_actor(config.model.path, loading_of(config), config.model.from_scratch)
     actor = _with_layers(model, config.model.path, config, scalar=False)
     return _roles(config.model.path, ActorCritic(actor=actor), config.trust_remote_code)
 
 
 def open_rm(config: RmConfig) -> Roles:
-    model = load_scalar(config.model.path, _loading(config), new_head=True)
+    model = load_scalar(config.model.path, loading_of(config), new_head=True)
     critic = _with_layers(model, config.model.path, config, scalar=True)
     return _roles(config.model.path, ActorCritic(critic=critic), config.trust_remote_code)
 
 
 def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
     """The reference is the policy itself, to be asked before its first step, unless the config names another one."""
-    loading, source, other = _loading(config), config.model.path, config.model.reference
+    loading, source, other = loading_of(config), config.model.path, config.model.reference
     actor = _with_layers(load_actor(source, loading), source, config, scalar=False)
     roles = _roles(source, ActorCritic(actor=actor), config.trust_remote_code)
     if other not in (None, source):
@@ -178,7 +178,7 @@ def open_dpo(config: DpoConfig | KtoConfig) -> Roles:
 
 
 def open_ppo(config: PpoConfig) -> Roles:
-    loading, source, rewards = _loading(config), config.roles, config.reward.models
+    loading, source, rewards = loading_of(config), config.roles, config.reward.models
     if source.mode == "adapters":
         from rlhf.models.adapter_sources import open_adapters  # imports peft
 
@@ -199,13 +199,13 @@ def open_ppo(config: PpoConfig) -> Roles:
 
 def open_grpo(config: GrpoConfig) -> Roles:
     """As PPO's, without a critic."""
-    actor = _with_layers(load_actor(config.roles.actor, _loading(config)), config.roles.actor, config, scalar=False)
+    actor = _with_layers(load_actor(config.roles.actor, loading_of(config)), config.roles.actor, config, scalar=False)
     return _with_frozen_roles(_roles_of_policy(config, ActorCritic(actor=actor)), config)
 
 
 def _with_frozen_roles(roles: Roles, config: PolicyStage) -> Roles:
     """The reference and the reward model, each a model of its own."""
-    loading, source = _loading(config), config.roles
+    loading, source = loading_of(config), config.roles
     if config.kl.coef > 0:
         reference = freeze(ActorCritic(actor=_as_it_computes(load_actor(source.reference or source.actor, loading), config)))
         # On CPU torch multiplies a sliced tensor by another kernel when the weight wants no gradient. The reference is only
@@ -370,7 +370,8 @@ def positions(model: ActorCritic) -> int | None:
     return getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
 
 
-def _loading(config: Stage) -> Loading:
+def loading_of(config: Stage) -> Loading:
+    """How a stage's models are held."""
     nf4 = config.lora.base == "nf4"
     return Loading(
         DTYPES[config.precision],

@@ -57,7 +57,8 @@ class LaunchFile(BaseModel):
             content = json.loads(found.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{found}: not a DeepSpeed config: {error}") from error
-        return Engine.of_deepspeed(checked_deepspeed(content, str(found))["zero_optimization"]["stage"])
+        zero = checked_deepspeed(content, str(found))["zero_optimization"]
+        return Engine.of_deepspeed(zero["stage"], zero)
 
 
 def find_launch_file(launch: str) -> Path:

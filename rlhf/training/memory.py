@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +24,12 @@ UNEVEN = 0.25
 
 def memory_line(policy: nn.Module, frozen: Sequence[nn.Module], engine: Engine, world_size: int) -> str:
     """In words. Tensors that several roles share count once."""
-    weights = _bytes(parameter for model in (policy, *frozen) for parameter in model.parameters())
-    trained = _bytes(parameter for parameter in policy.parameters() if parameter.requires_grad)
-    whole = {"weights": weights, "gradients": trained, "optimizer": len(MOMENTS) * trained}
-    mine = {name: size / world_size if name in engine.divided else size for name, size in whole.items()}
+    mine = shares(state_bytes(policy, *frozen), engine.divided, world_size)
     parts = ", ".join(
         f"{name} {size / 1e9:.2f}" + (f" (1/{world_size})" if name in engine.divided else "") for name, size in mine.items()
     )
     actor = getattr(policy, "actor", None)
-    sampling = f"; a rollout gathers {_bytes(actor.parameters()) / 1e9:.2f}" if actor and "weights" in engine.divided else ""
+    sampling = f"; a rollout gathers {bytes_of(actor.parameters()) / 1e9:.2f}" if actor and "weights" in engine.divided else ""
     return f"memory of each process in GB: {parts}; together {sum(mine.values()) / 1e9:.2f}, and activations{sampling}"
 
 
@@ -62,10 +59,8 @@ def require_memory(train: Training) -> None:
 def still_needed(policy: nn.Module, engine: Engine, world_size: int, device: torch.device) -> dict[str, float]:
     """Bytes on the device that this process has yet to take, by what for; weights that it will give up count against it."""
     parameters = list(policy.parameters())
-    weights, trained = _bytes(parameters), _bytes(p for p in parameters if p.requires_grad)
-    whole = {"weights": weights, "gradients": trained, "optimizer": len(MOMENTS) * trained}
-    needed = {name: size / world_size if name in engine.divided else size for name, size in whole.items()}
-    needed["weights"] -= _bytes(p for p in parameters if p.device.type == device.type)
+    needed = shares(state_bytes(policy), engine.divided, world_size)
+    needed["weights"] -= bytes_of(p for p in parameters if p.device.type == device.type)
     elsewhere = engine.offloaded if device.type != "cpu" else frozenset()
     return {name: size for name, size in needed.items() if name not in elsewhere}
 
@@ -112,5 +107,19 @@ def require_divided(engine: Engine, world_size: int) -> None:
         raise CheckFailed(f"{engine.name}: this process holds {held:,} of {whole:,} elements that {world_size} should divide")
 
 
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+def state_bytes(policy: nn.Module, *frozen: nn.Module) -> dict[str, float]:
+    """Bytes of all weights, and of the policy's gradients and AdamW moments, which are of the weights' own dtype: in float32
+    4 + 4 + 8 for each that is trained and 4 for each that is not. Tensors that several models share count once."""
+    trained = bytes_of(parameter for parameter in policy.parameters() if parameter.requires_grad)
+    weights = bytes_of(parameter for model in (policy, *frozen) for parameter in model.parameters())
+    return {"weights": weights, "gradients": trained, "optimizer": len(MOMENTS) * trained}
+
+
+def shares(whole: Mapping[str, float], divided: frozenset[str], world_size: int) -> dict[str, float]:
+    """What one process has of it."""
+    return {name: size / world_size if name in divided else size for name, size in whole.items()}
+
+
+def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Tensors that come twice count once; on the meta device they have a size, too."""
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())

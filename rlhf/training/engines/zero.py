@@ -18,7 +18,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from rlhf.config.engines import checked_deepspeed
+from rlhf.config.engines import Engine, checked_deepspeed
 from rlhf.training.engines import Named, OpenOptimizer
 from rlhf.training.engines.hollow import consolidate, filled_actor, hollow_copy
 from rlhf.training.optimization import MOMENTS
@@ -39,10 +39,6 @@ OURS = {
 """What a stage decides and a DeepSpeed file does not."""
 
 
-OFFLOADS = {"weights": "offload_param", "gradients": "offload_optimizer", "optimizer": "offload_optimizer"}
-"""A part of the state -> the section of a DeepSpeed file that moves it to the host: gradients go where the moments are."""
-
-
 class Zero:
     optimizer: torch.optim.Optimizer
 
@@ -51,11 +47,8 @@ class Zero:
         self.device, self.bf16, config = device, bf16, checked_deepspeed(config, "the DeepSpeed config")
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
-        self.divided: frozenset[str] = frozenset(("optimizer", "gradients", "weights")[: self.stage])
-        zero: dict[str, Any] = config["zero_optimization"]
-        self.offloaded = frozenset(
-            what for what, key in OFFLOADS.items() if (zero.get(key) or {}).get("device") in ("cpu", "nvme")
-        )
+        named = Engine.of_deepspeed(self.stage, config["zero_optimization"])
+        self.divided, self.offloaded = named.divided, named.offloaded
         settings = {key: value for key, value in config.items() if key != "train_batch_size"}
         self.config: dict[str, Any] = settings | OURS | {"train_micro_batch_size_per_gpu": micro_batch_size}
 
