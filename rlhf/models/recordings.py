@@ -85,7 +85,7 @@ def _kept(name: str, tensor: Tensor) -> Output:
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
     every = _stride(tensor.numel(), tensor.shape[-1] if tensor.dim() else 1)
     here = tensor.flatten().cpu().contiguous()
-    norm, digest = float(tensor.double().norm()), hashlib.sha256(here.view(torch.uint8).numpy()).hexdigest()
+    norm, digest = float(tensor.double().norm()), hashlib.sha256(here.view(torch.uint8).numpy().data).hexdigest()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Output(name, list(tensor.shape), dtype, norm, digest, every, here[::every].clone())
 
@@ -213,8 +213,8 @@ def _difference(one: Output, other: Output | None) -> OutputDifference:
     if gap.numel() and gap[worst] > 0:
         place = [int(part) for part in torch.unravel_index(torch.tensor(worst * one.every), one.shape)]
         relative = max(_ratio(float(gap.norm()), float(a[a.isfinite()].norm())), of_all)
-        largest, *pair = float(gap[worst]), float(a[worst]), float(b[worst])
-        return OutputDifference(one.name, relative, False, largest, place, *pair, types=types)
+        largest, first, second = (float(values[worst]) for values in (gap, a, b))
+        return OutputDifference(one.name, relative, False, largest, place, first, second, types=types)
     if one.every > 1 and not types:
         return OutputDifference(one.name, of_all, what="in values that were not kept")
     equal = "equal values" if one.every == 1 else "equal values, of those that were kept"

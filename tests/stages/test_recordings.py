@@ -104,7 +104,7 @@ def test_rows_of_a_file_and_a_reward_model(llamas, tmp_path, capsys):
 
 
 def test_other_columns_of_the_rows_and_too_many_tokens(llamas, tmp_path, capsys):
-    """A file that was made for another stage; and a model of 128 positions."""
+    """A file that was made for another stage; and more tokens than the model has positions."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a b", "completion": " c", "source": "x"}) + "\n")
     record(llamas / "model", tmp_path / "a.safetensors", "--data", rows, "--rows", 1)
