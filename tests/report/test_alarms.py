@@ -243,7 +243,11 @@ def test_what_the_report_says():
         {"step": 4, "alarm": "KL budget", "words": "KL is 9", **of},
         {"step": 8, "alarm": "repetition", "words": "60% of", **of},
     ]
-    odd = [{"step": 9}, {"step": 9, "alarm": None, "words": "", "reply": ""}, {"step": 9, "alarm": "x", "words": 1, "reply": ""}]
+    odd = [
+        {"step": 9},
+        {"step": 9, "alarm": None, "words": "", "reply": ""},
+        {"step": 9, "alarm": "x", "words": 1, "reply": ""},
+    ]
     assert in_words(odd) == []  # of whoever wrote them
     late = {"step": 9, "alarm": "gold falls", "words": "it fell", "prompt": "", "reply": ""}
     assert in_words([late]) == ["Alarm gold falls (rlhf explain 'gold falls') in step 9: it fell."]
