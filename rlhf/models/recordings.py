@@ -212,9 +212,10 @@ def _difference(one: Output, other: Output | None) -> OutputDifference:
     of_all = _ratio(_apart(one.norm, other.norm), one.norm) if one.every > 1 else 0.0
     if gap.numel() and gap[worst] > 0:
         place = [int(part) for part in torch.unravel_index(torch.tensor(worst * one.every), one.shape)]
-        relative = max(_ratio(float(gap.norm()), float(a[a.isfinite()].norm())), of_all)
+        relative = _ratio(float(gap.norm()), float(a[a.isfinite()].norm()))
+        what = "" if relative >= of_all else f"most in values that were not kept, relative error {of_all:.2e} by the norms"
         largest, first, second = (float(values[worst]) for values in (gap, a, b))
-        return OutputDifference(one.name, relative, False, largest, place, first, second, types=types)
+        return OutputDifference(one.name, max(relative, of_all), False, largest, place, first, second, what, types)
     if one.every > 1 and not types:
         return OutputDifference(one.name, of_all, what="in values that were not kept")
     equal = "equal values" if one.every == 1 else "equal values, of those that were kept"

@@ -189,6 +189,7 @@ def test_a_tolerance_is_of_what_was_not_kept_too(factor, within, tmp_path):
     expected = moved.double().norm() / whole.double().norm() - 1 if factor > 1 else 1e-4 / whole.flatten()[::3].norm()
     assert found.outputs[0].relative == pytest.approx(float(expected), rel=1e-3)
     assert found.outputs[0].place == [0, 0]
+    assert ("in values that were not kept" in found.outputs[0].what) is (factor > 1)
 
 
 def test_a_change_too_small_for_the_norm_is_in_the_digest(tmp_path):
