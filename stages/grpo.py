@@ -181,6 +181,7 @@ def main(invocation: Invocation) -> None:
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:
             train.result["after"] = collect.evaluation(train.step_done)
+            watch.look_at_evaluation(train.step_done, train.result["after"])
         train.consolidate()
         if train.is_main:
             followers.save_average()

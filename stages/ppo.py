@@ -180,6 +180,7 @@ def ppo(config: PpoConfig, resume: Resume | None = None, probe: invariants.Probe
         # -- the result ----------------------------------------------------------------------------------------------
         if held_out:
             train.result["after"] = collect.evaluation(train.step_done)
+            watch.look_at_evaluation(train.step_done, train.result["after"])
         train.consolidate()
         if train.is_main:
             save_model(roles.critic, train.run / "critic", roles.tokenizer, merge=config.lora.merge)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.arguments import Parser
 from rlhf.errors import DataError, UsageError
-from rlhf.runs.manifest import MANIFEST
+from rlhf.runs.manifest import MANIFEST, is_run
 
 USAGE = """\
 rlhf compare A B [--weights] [--config DIR] [--tolerance X] [--json]
@@ -42,14 +43,17 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--tolerance", type=float)
     parser.add_argument("--json", action="store_true", dest="as_json")
     given = parser.parse_args(argv)
+    if given.tolerance is not None and not (math.isfinite(given.tolerance) and given.tolerance >= 0):
+        raise UsageError(f"--tolerance {given.tolerance}: expected a relative error, a number of at least 0")
     places = given.one, given.other
     recordings = [place.suffix == RECORDING and place.is_file() for place in places]
     for place, recording in zip(places, recordings, strict=True):
         if not place.is_dir() and not recording:
             raise DataError(f"{place}: no such directory; compare takes two runs, two models, or two recordings")
-        if (stages := sorted(file.parent.name for file in place.glob(f"*/{MANIFEST}"))) and not (place / MANIFEST).is_file():
+        stages = sorted(file.parent.name for file in place.glob(f"*/{MANIFEST}") if is_run(file.parent))
+        if stages and not is_run(place):
             raise UsageError(f"{place} is a pipeline: compare its stages one by one ({', '.join(stages)})")
-    runs = [(place / MANIFEST).is_file() for place in places]
+    runs = [is_run(place) for place in places]
     of_runs, of_recordings = all(runs) and not given.weights, any(recordings)
     for flag, value, meant in (
         ("--tolerance", given.tolerance is not None, of_recordings),
@@ -104,12 +108,15 @@ def _runs(one: Path, other: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _weights(one: Path, other: Path, config: Path | None) -> tuple[dict[str, Any], list[str]]:
     from rlhf.checkpoints.compare import compare_weights
+    from rlhf.checkpoints.directory import is_megatron
 
+    if config is not None and not (is_megatron(one) or is_megatron(other)):
+        raise UsageError("--config: is for a Megatron checkpoint, and neither of the two is one; leave it out")
     found = compare_weights(one, other, config)
     lines = [f"{found.equal} of {found.tensors} tensors are equal to the bit"]
     lines += [f"  {part.name}: {part.what}" for part in found.differing[:SHOWN]]
     if len(found.differing) > SHOWN:
-        lines.append(f"  and {len(found.differing) - SHOWN} more, which differ less (--json has all)")
+        lines.append(f"  and {len(found.differing) - SHOWN} more (--json has all)")
     return found.as_json(), lines
 
 
@@ -124,17 +131,18 @@ def _recordings(one: Path, other: Path, tolerance: float) -> tuple[dict[str, Any
         lines.append(f"modules   {len(shown)} of {len(found.outputs)} are shown, layers as wholes (--json has all)")
     width = max((len(part.name) for part in shown), default=0)
     for part in shown:
-        lines.append(f"  {part.name:{width}}  {part.what or f'relative error {part.relative:.2e}, largest {part.largest:.2e}'}")
+        told = part.what or f"relative error {part.relative:.2e}, largest {part.largest:.2e}"
+        lines.append(f"  {part.name:{width}}  {told}{', ' if part.types else ''}{part.types}")
     if (first := found.first) is None:
         lines.append(f"outputs   {'equal to the bit' if tolerance == 0 else f'within {tolerance:g}'} in all of them")
     else:
         told = first.what or f"at {first.place} {first.one:.9g} | {first.other:.9g}, relative error {first.relative:.2e}"
-        lines.append(f"outputs   part at {first.name}: {told}")
+        lines.append(f"outputs   part at {first.name}: {told}{', ' if first.types else ''}{first.types}")
     return found.as_json(), lines
 
 
 def _model(place: Path) -> Path:
-    return place / "model" if (place / MANIFEST).is_file() else place
+    return place / "model" if is_run(place) else place
 
 
 def _short(value: Any) -> str:

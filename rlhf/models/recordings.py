@@ -3,11 +3,13 @@
     FILE.safetensors    ids (S,), lengths (rows,), output.N: values of the Nth output; the rest is JSON in the metadata
 
 Outputs stand in the order in which they were computed, so the first that differs is where two computations part. Of an output
-with more than VALUES numbers every n-th is kept, and the norm of all: what lies between two kept ones is seen in the norm.
+with more than VALUES numbers every n-th is kept, the norm of all, and a digest of their bits: that something lies between two
+kept ones is seen in the digest, how much in the norm, which bounds it from below.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -22,15 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, OutputError
 from rlhf.paths import beside, sync
 
 VALUES = 2**16
 """Numbers kept of one output: 256 KiB in float32, so 100 MB for the some 400 modules of a model of 7B weights."""
-NORM_NOISE = 1e-12
-"""Norms are sums in float64, whose rounding lies below this: nearer ones say nothing."""
 KEY = "rlhf_recording"
-VERSION = 1
+VERSION = 2
+"""1 had no digests."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Output:
     shape: list[int]
     dtype: str
     norm: float
+    digest: str
+    """SHA-256 of the bits of all values"""
     every: int
     """1: all values are kept; n: every n-th, counted through the flattened tensor"""
     values: Tensor = field(repr=False, compare=False)
@@ -81,9 +84,10 @@ def recorded(model: nn.Module) -> Iterator[list[Output]]:
 def _kept(name: str, tensor: Tensor) -> Output:
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
     every = _stride(tensor.numel(), tensor.shape[-1] if tensor.dim() else 1)
-    values = tensor.flatten()[::every].cpu().clone()
-    norm = float(tensor.double().norm())
-    return Output(name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), norm, every, values)
+    here = tensor.flatten().cpu().contiguous()
+    norm, digest = float(tensor.double().norm()), hashlib.sha256(here.view(torch.uint8).numpy().data).hexdigest()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Output(name, list(tensor.shape), dtype, norm, digest, every, here[::every].clone())
 
 
 def _stride(count: int, width: int) -> int:
@@ -95,7 +99,11 @@ def _stride(count: int, width: int) -> int:
 
 
 def write_recording(file: Path, recording: Recording) -> None:
-    """The file appears complete or not at all."""
+    """The file appears complete or not at all.
+
+    Raises:
+        OutputError: the system refuses it.
+    """
     tensors = {"ids": recording.ids.cpu(), "lengths": recording.lengths}
     tensors |= {f"output.{number}": output.values.contiguous() for number, output in enumerate(recording.outputs)}
     told = [{name: value for name, value in vars(output).items() if name != "values"} for output in recording.outputs]
@@ -105,6 +113,9 @@ def write_recording(file: Path, recording: Recording) -> None:
         save_file(tensors, partial_file, metadata={"format": "pt", KEY: about})
         sync(partial_file)
         partial_file.replace(file)
+    except (OSError, SafetensorError) as error:
+        partial_file.unlink(missing_ok=True)
+        raise OutputError(f"{file}: cannot be written: {error}; name another file") from error
     except BaseException:
         partial_file.unlink(missing_ok=True)
         raise
@@ -131,13 +142,18 @@ def read_recording(file: Path) -> Recording:
 class OutputDifference:
     name: str
     relative: float
-    """|a - b| / |a| by their Frobenius norms, over the values kept; infinite where the two cannot be subtracted"""
+    """|a - b| / |a| by their Frobenius norms, over the values kept, or what the norms of all differ by where that is more;
+    infinite where the two cannot be subtracted"""
+    same_bits: bool = False
+    """In all values, also those that were not kept, and in their type"""
     largest: float = math.inf
     place: list[int] = field(default_factory=list)
     """index of the largest difference in the module's output"""
     one: float | None = None
     other: float | None = None
     what: str = ""
+    types: str = ""
+    """Both, where they are two"""
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,7 @@ class RecordingComparison:
     outputs: list[OutputDifference]
     """In the order of computation; what only one of the two has comes last."""
     first: OutputDifference | None
-    """The first whose relative error is above the tolerance."""
+    """The first whose relative error is above the tolerance; with a tolerance of 0 the first that has other bits."""
 
     @property
     def equal(self) -> bool:
@@ -177,7 +193,7 @@ def compare_recordings(one: Path, other: Path, tolerance: float = 0.0) -> Record
     names = {output.name for output in a.outputs}
     found = [_difference(output, theirs.get(output.name)) for output in a.outputs]
     found += [OutputDifference(name, math.inf, what="only in the second") for name in theirs if name not in names]
-    first = next((output for output in found if output.relative > tolerance), None)
+    first = next((part for part in found if part.relative > tolerance or not (tolerance or part.same_bits)), None)
     about = {name: (a.about.get(name), b.about.get(name)) for name in a.about | b.about}
     return RecordingComparison({name: pair for name, pair in about.items() if pair[0] != pair[1]}, found, first)
 
@@ -187,18 +203,30 @@ def _difference(one: Output, other: Output | None) -> OutputDifference:
         return OutputDifference(one.name, math.inf, what="only in the first")
     if one.shape != other.shape:
         return OutputDifference(one.name, math.inf, what=f"shape {one.shape} and {other.shape}")
+    types = f"{one.dtype} and {other.dtype}" if one.dtype != other.dtype else ""
+    if one.digest == other.digest and not types:
+        return OutputDifference(one.name, 0.0, True, 0.0)
     a, b = one.values.double(), other.values.double()
-    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs().nan_to_num(nan=math.inf)
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     worst = int(gap.argmax()) if gap.numel() else 0
+    of_all = _ratio(_apart(one.norm, other.norm), one.norm) if one.every > 1 else 0.0
     if gap.numel() and gap[worst] > 0:
         place = [int(part) for part in torch.unravel_index(torch.tensor(worst * one.every), one.shape)]
-        relative = _ratio(float(gap.norm()), float(a.norm()))
-        return OutputDifference(one.name, relative, float(gap[worst]), place, float(a[worst]), float(b[worst]))
-    beside_them = _ratio(abs(one.norm - other.norm), one.norm) if one.norm != other.norm else 0.0
-    if one.every > 1 and beside_them > NORM_NOISE:
-        return OutputDifference(one.name, beside_them, what="in values that were not kept")
-    return OutputDifference(one.name, 0.0, 0.0)
+        relative = _ratio(float(gap.norm()), float(a[a.isfinite()].norm()))
+        what = "" if relative >= of_all else f"most in values that were not kept, relative error {of_all:.2e} by the norms"
+        largest, first, second = (float(values[worst]) for values in (gap, a, b))
+        return OutputDifference(one.name, max(relative, of_all), False, largest, place, first, second, what, types)
+    if one.every > 1 and not types:
+        return OutputDifference(one.name, of_all, what="in values that were not kept")
+    equal = "equal values" if one.every == 1 else "equal values, of those that were kept"
+    what = equal if types else "equal values of other bits: the sign of a zero, or those of a NaN"
+    return OutputDifference(one.name, of_all, False, 0.0, what=what, types=types)
+
+
+def _apart(one: float, other: float) -> float:
+    """0 where both are the same infinity, or no number."""
+    return 0.0 if one == other or (math.isnan(one) and math.isnan(other)) else abs(one - other)
 
 
 def _ratio(gap: float, norm: float) -> float:
-    return gap / norm if norm > 0 and math.isfinite(norm) and math.isfinite(gap) else math.inf
+    return 0.0 if gap == 0 else gap / norm if norm > 0 and math.isfinite(norm) and math.isfinite(gap) else math.inf

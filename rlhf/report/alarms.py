@@ -50,42 +50,61 @@ class History:
     """The first values of each figure and its latest; JSON, as `asdict` has it."""
 
     window: int
+    """May be another one when a run goes on; what was first stays so."""
     first: dict[str, list[float]] = field(default_factory=dict)
-    """At most `window`."""
+    """At most `window`, or what of so many was remembered."""
     latest: dict[str, list[float]] = field(default_factory=dict)
     """At most twice as many; the first ones are among them at first."""
+    count: dict[str, int] = field(default_factory=dict)
+    """Of all values that there were."""
+    missing: dict[str, int] = field(default_factory=dict)
+    """Iterations since a figure came: one that needs a score has no value where no reply has one."""
     rate: float | None = None
     """The latest learning rate."""
     lowest_rate: float | None = None
     """Since the warm-up ended."""
+    gold: str | None = None
+    """The metric of the evaluations."""
     evaluations: list[tuple[float, float]] = field(default_factory=list)
     """(score, gold) of the latest ones, on held-out prompts."""
+    evaluated: int | None = None
+    """Iterations before the latest of them."""
 
     def see(self, values: Mapping[str, float], warmed_up: bool) -> None:
         """An iteration. `warmed_up`: its learning rate is not one of the warm-up."""
         for name in WATCHED:
             if (value := values.get(name)) is None:
+                self.missing[name] = self.missing.get(name, 0) + 1
                 continue
-            first = self.first.setdefault(name, [])
-            if len(first) < self.window:
-                first.append(value)
-            self.latest[name] = [*self.latest.get(name, []), value][-2 * self.window :]
+            self.missing[name] = 0
+            before = self.latest.get(name, [])
+            self.count[name] = self.count.get(name, len(before)) + 1
+            latest = self.latest[name] = [*before, value][-2 * self.window :]
+            if self.count[name] == len(latest):  # later ones are not of the start, however long the window has become
+                self.first[name] = latest[: self.window]
         self.rate = values.get(RATE, self.rate)
         if self.rate is not None and (warmed_up or self.lowest_rate is not None):
             self.lowest_rate = self.rate if self.lowest_rate is None else min(self.rate, self.lowest_rate)
 
-    def see_evaluation(self, score: float, gold: float) -> None:
-        self.evaluations = [*self.evaluations, (score, gold)][-1 - FALLS_IN_A_ROW :]
+    def see_evaluation(self, step: int, score: float, name: str, gold: float) -> bool:
+        """Of the weights after `step` iterations; `gold` is the metric of that name. False: it was seen before."""
+        if name != self.gold:  # two metrics are no series
+            self.gold, self.evaluations, self.evaluated = name, [], None
+        if step == self.evaluated:
+            return False
+        self.evaluations, self.evaluated = [*self.evaluations, (score, gold)][-1 - FALLS_IN_A_ROW :], step
+        return True
 
     def now(self, name: str) -> float | None:
-        """Median of the latest `window` values; None while there are fewer."""
+        """Median of the latest `window` values; None while there are fewer, and where none came in so many iterations."""
         latest = self.latest.get(name, [])[-self.window :]
-        return median(latest) if len(latest) == self.window else None
+        there = len(latest) == self.window and self.missing.get(name, 0) < self.window
+        return median(latest) if there else None
 
     def change(self, name: str) -> tuple[float, float] | None:
         """(median of the first, of the latest); None while they have values in common."""
-        apart = len(self.latest.get(name, [])) >= 2 * self.window
-        return (median(self.first[name]), median(self.latest[name][-self.window :])) if apart else None
+        now, apart = self.now(name), len(self.latest.get(name, [])) >= 2 * self.window
+        return (median(self.first[name][: self.window]), now) if apart and now is not None else None
 
 
 @dataclass(frozen=True)
@@ -222,13 +241,15 @@ class Bell:
 
 
 def in_words(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of alarms.jsonl: each alarm once, as it was said last."""
+    """Of alarms.jsonl: each alarm once, as it was said last. A line that has no alarm is not of ours."""
+    records = [record for record in records if all(isinstance(record.get(name), str) for name in ("alarm", "words", "reply"))]
     last = {record["alarm"]: record for record in records}
     said = {name: sum(record["alarm"] == name for record in records) for name in last}
     return [
         f"Alarm {name} (rlhf explain {name!r}) in step {record['step']}"
         + (f", the last of {said[name]}" if said[name] > 1 else "")
-        + f": {record['words']}. A reply: {record['reply']!r}"
+        + f": {record['words']}."
+        + (f" A reply: {record['reply']!r}" if record["reply"] else "")
         for name, record in last.items()
     ]
 

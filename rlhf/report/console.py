@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_SECONDS = 10.0
 """A log file gets a progress line this often; a terminal is redrawn in place."""
@@ -51,7 +52,7 @@ class Console:
 
     def note(self, text: str) -> None:
         if self.speak:
-            self.rich.print(f"[bold]{self.stage}[/bold]  {_escaped(text)}")
+            self.rich.print(Text.assemble((self.stage, "bold"), "  ", text))  # no markup: a note may quote anybody's text
 
     def step(
         self,
@@ -82,7 +83,7 @@ class Console:
         elif now - self.last_line > PLAIN_EVERY_SECONDS or fraction >= 1:
             self.last_line = now
             metrics = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            self.rich.print(f"{self.stage}  {fraction:4.0%}  step {step}  {metrics}  {speed}  {left}")
+            self.rich.print(Text(f"{self.stage}  {fraction:4.0%}  step {step}  {metrics}  {speed}  {left}"))
 
     def count(self, total: int, what: str) -> Count:
         return Count(self, total, what)
@@ -159,7 +160,7 @@ class Count:
         if self.on_terminal:
             console.draw(fraction, text)
         else:
-            console.rich.print(f"{console.stage}  {fraction:4.0%}  {text}")
+            console.rich.print(Text(f"{console.stage}  {fraction:4.0%}  {text}"))
 
     def close(self) -> None:
         self.console.close()
@@ -168,7 +169,7 @@ class Count:
 def _table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False)
     for head in ("step", *(re.sub("[/_]", "\n", name) for name in names), "tokens/s"):
-        table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
+        table.add_column(Text(head), justify="right", vertical="bottom", no_wrap=True)
     for step, values, speed in rows:
         table.add_row(str(step), *(f"{values[name]:.4g}" if name in values else "" for name in names), speed)
     return table
@@ -178,7 +179,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -63,6 +63,8 @@ def writes(config: Any) -> list[str]:
     names = ["run.json", "status.json", "metrics.jsonl", "notes.jsonl"]
     if isinstance(config, PolicyStage) and config.report.samples:
         names.append("samples.jsonl")
+    if isinstance(config, PolicyStage) and config.alarms.action != "none":
+        names.append("alarms.jsonl")
     if config.report.profile:
         names.append("profile/")
     names += ["checkpoints/step-N/", "model/"]

@@ -17,13 +17,12 @@ from rlhf.runs.lock import check_unlocked, run_lock
 from rlhf.runs.manifest import (
     MANIFEST,
     STATUS,
+    has_status,
     is_run,
     manifest_digest,
-    read_json,
     read_manifest,
     read_status,
     seconds,
-    standing,
 )
 
 KEY_RESULTS = (("after", "score"), ("eval/accuracy", None), ("eval/loss", None))
@@ -109,25 +108,18 @@ def _places(place: Path, begun: bool = False) -> Iterator[Path]:
     for directory, inner, files in os.walk(place):
         ours = MANIFEST in files and is_run(Path(directory))
         inner[:] = sorted(name for name in inner if not name.startswith(".") and not (ours and name in WRITTEN))
-        if ours or (begun and STATUS in files and MANIFEST not in files and _has_begun(Path(directory))):
+        if ours or (begun and STATUS in files and MANIFEST not in files and has_status(Path(directory))):
             yield Path(directory)
 
 
-def _has_begun(directory: Path) -> bool:
-    try:
-        status = read_json(directory / STATUS)
-    except DataError:  # some other tool's
-        return False
-    return isinstance(status, dict) and {"state", "time", "host", "pid"} <= set(status)
-
-
 def _listed(run: Path) -> Listed:
+    status = read_status(run) if has_status(run) else None
     if not is_run(run):
-        status = read_json(run / STATUS)
+        assert status is not None, "what has neither is not listed"
         return Listed(str(run), run.resolve().name, status["state"], status["time"], None, {})
     manifest = read_manifest(run)
     finished = manifest["finished"] is not None
-    state = standing(run, manifest)
+    state = "done" if finished else status["state"] if status else "unknown"
     return Listed(
         run=str(run),
         stage=manifest["stage"],
@@ -153,6 +145,6 @@ def _key(result: dict[str, Any]) -> dict[str, float]:
         found = result.get(name)
         if inner is not None:
             found = found.get(inner) if isinstance(found, dict) else None
-        if found is not None:
+        if isinstance(found, int | float):
             return {f"{name} {inner}" if inner else name: found}
     return {}

@@ -11,12 +11,13 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from rlhf.digest import file_digest, file_digests, text_digest, tree_digest
 from rlhf.errors import DataError, without_secrets
@@ -30,6 +31,37 @@ MANIFEST = "run.json"
 STATUS = "status.json"
 LAUNCH = "RLHF_LAUNCH"
 """Environment variable in which a stage is told the flags of `rlhf` that started its processes."""
+
+
+def _is_time(value: Any) -> bool:
+    """One that says its zone, as `now` does: another cannot be put in order with ours."""
+    try:
+        return datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+OF_MANIFESTS: dict[str, Callable[[Any], bool]] = {
+    "schema_version": _is(int),
+    "stage": _is(str),
+    "inputs": _is(dict),
+    "result": _is(dict),
+    "started": _is_time,
+    "finished": lambda value: value is None or _is_time(value),
+}
+OF_STATUSES: dict[str, Callable[[Any], bool]] = {
+    "state": lambda value: value in get_args(State),
+    "reason": _is(str),
+    "exit_code": _is(int, NoneType),
+    "pid": _is(int),
+    "host": _is(str),
+    "time": _is_time,
+}
+"""By what a file of that name is known to be ours: other tools write some, too."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,7 +95,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
         DataError: it is not JSON, or not the manifest of a run of ours.
     """
     manifest = read_json(run / MANIFEST)
-    if not isinstance(manifest, dict) or not {"schema_version", "stage", "inputs", "started", "finished"} <= set(manifest):
+    if not isinstance(manifest, dict) or not all(fits(manifest.get(name)) for name, fits in OF_MANIFESTS.items()):
         raise DataError(f"{run / MANIFEST}: not the manifest of a run of ours")
     return manifest
 
@@ -73,6 +105,14 @@ def is_run(directory: Path) -> bool:
     try:
         return bool(read_manifest(directory))
     except (DataError, FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def has_status(directory: Path) -> bool:
+    """Whether a status.json of ours is in it."""
+    try:
+        return read_status(directory) is not None
+    except DataError:
         return False
 
 
@@ -171,8 +211,17 @@ def write_status(run: Path, state: State, reason: str = "", exit_code: int | Non
 
 
 def read_status(run: Path) -> dict[str, Any] | None:
-    """None where the directory is no run, or its stage has not come as far as to say anything."""
-    return read_json(run / STATUS) if (run / STATUS).is_file() else None
+    """None where the directory is no run, or its stage has not come as far as to say anything.
+
+    Raises:
+        DataError: it is not JSON, or not the status of a run of ours.
+    """
+    if not (run / STATUS).is_file():
+        return None
+    status = read_json(run / STATUS)
+    if not isinstance(status, dict) or not all(fits(status.get(name)) for name, fits in OF_STATUSES.items()):
+        raise DataError(f"{run / STATUS}: not the status of a run of ours")
+    return status
 
 
 def say_done(run: Path) -> None:

@@ -79,7 +79,7 @@ class AlarmWatch:
         self._judge(step + 1, OF_ITERATIONS)
 
     def look_at_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """After an evaluation of the weights after `step` iterations.
+        """After an evaluation of the weights after `step` iterations; one that was looked at before is left aside.
 
         Raises:
             ConfigError: no scorer gives the gold metric.
@@ -87,11 +87,12 @@ class AlarmWatch:
         gold = self.limits.gold
         if gold is None:
             return
-        if gold not in values:
+        if gold not in values and gold != self.history.gold:
             there = ", ".join(values)
             raise ConfigError(f"alarms.gold: no scorer of eval.scorers gives {gold}; what is measured is {there}")
-        self.history.see_evaluation(values["score"], values[gold])
-        if step:
+        if not {"score", gold} <= values.keys():  # no reply has one this time
+            return
+        if self.history.see_evaluation(step, values["score"], gold, values[gold]) and step:
             self._judge(step, OF_EVALUATIONS)
 
     def _judge(self, step: int, among: Sequence[str]) -> None:
@@ -114,13 +115,15 @@ class AlarmWatch:
             words += f"; reward/score went from {score[0]:.3g} to {score[1]:.3g}"
         prompt, reply = self._example(name)
         train.note(f"ALARM {name} in step {step}: {words}; see `rlhf explain {name!r}`")
-        train.note(f"  a reply: {prompt!r} -> {reply!r}")
+        if self.experience is not None:
+            train.note(f"  a reply: {prompt!r} -> {reply!r}")
         if train.is_main:
             train.alarms.append_once(step, {"alarm": name, "words": words, "prompt": prompt, "reply": reply})
 
     def _example(self, name: str) -> tuple[str, str]:
-        """The beginning of a prompt and of its reply."""
-        assert self.experience is not None, "an evaluation is judged after iterations only"
+        """The beginning of a prompt and of its reply; of a run that went on when only its last evaluation was left, of none."""
+        if self.experience is None:
+            return "", ""
         row = int(MOST.get(name, _score)(self.experience).argmax())
         reply = self.tokenizer.decode(self.experience.replies[row])
         return _cut(self.asked[row].text), _cut(str(reply))

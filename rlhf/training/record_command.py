@@ -18,6 +18,7 @@ from rlhf.models.load import is_scalar
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.recordings import Recording, recorded, write_recording
 from rlhf.models.roles import Roles, open_policy, open_reward_model, positions
+from rlhf.report.console import Console
 from rlhf.runs.manifest import versions
 
 SEED = 0
@@ -37,7 +38,12 @@ def record(invocation: Invocation[RecordConfig]) -> int:
     roles = (open_reward_model if scalar else open_policy)(config.model, config.trust_remote_code)
     if config.device != "auto":
         roles.policy.to(config.device)
-    rows = _rows(config, roles)
+    there = positions(roles.policy)
+    if there is not None and there < config.tokens:
+        Console("compare", speak=True).note(
+            f"the model has {there} positions: rows have at most so many tokens, not --tokens {config.tokens}"
+        )
+    rows = _rows(config, roles, min(config.tokens, there or config.tokens))
     batch = token_batch(Row([], ids, range(len(ids))) for ids in rows).to(roles.device)
     (precision,) = precisions(config)
     model = roles.policy.critic if scalar else roles.policy.actor
@@ -60,16 +66,16 @@ def record(invocation: Invocation[RecordConfig]) -> int:
     return 0
 
 
-def _rows(config: RecordConfig, roles: Roles) -> list[list[int]]:
+def _rows(config: RecordConfig, roles: Roles, longest: int) -> list[list[int]]:
     """Token ids: the first of the data, or drawn once for all models of the same vocabulary."""
-    there = positions(roles.policy)
-    longest = min(config.tokens, there) if there else config.tokens
     if config.data is None:
         model = unwrapped(roles.policy.actor or roles.policy.critic)  # pyright: ignore[reportArgumentType]
         words = model.config.get_text_config().vocab_size
         drawn = torch.randint(words, (config.rows, longest), generator=torch.Generator().manual_seed(SEED))
         return drawn.tolist()
-    reading = EvaluationData(file=config.data, max_length=max(longest, 2), too_long="truncate", loss_on="all")
+    reading = EvaluationData(
+        file=config.data, max_length=max(longest, 2), too_long="truncate", loss_on="all", extra_columns="ignore"
+    )
     found = sft_examples(config.data, reading, Template(roles.tokenizer, reading.template, roles.stop_ids)).items
     if len(found) < config.rows:
         raise DataError(f"{config.data}: has {len(found)} rows of text that can be used; lower --rows {config.rows}")

@@ -122,6 +122,7 @@ def test_3_a_reward_model_of_another_tokenizer(llamas, tmp_path):
 @pytest.mark.parametrize("role", ["reward", "critic"])
 def test_4_the_head_is_lost(role, llamas, tmp_path):
     other = copied(llamas / "critic", tmp_path / "other")
+    assert "score.weight" not in said("ppo", llamas, tmp_path, 0, into="whole", **ONE | {role: other})
     weights = load_file(other / "model.safetensors")
     assert weights.pop("score.weight").shape == (1, 32)
     save_file(weights, other / "model.safetensors", {"format": "pt"})
@@ -170,11 +171,15 @@ def test_5_another_temperature(change, named, world, tmp_path):
 
 
 def test_6_a_reward_model_of_exchanged_labels(world, tmp_path):
-    """What was chosen when it was trained is rejected where it is evaluated."""
+    """What was chosen when it was trained is rejected where it is evaluated; beside it they are the same."""
     pairs = [{"prompt": "a b", "chosen": f" c {letter}", "rejected": f" d {letter}"} for letter in "abcdefgh"] * 4
     exchanged = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs]
     files = {"data": write(tmp_path / "pairs.jsonl", pairs), "data__eval": write(tmp_path / "exchanged.jsonl", exchanged)}
-    said("rm", world, tmp_path, 0, **files, schedule__length=40, optimizer__lr=1e-2, checkpoint__every=0)
+    learning = {"schedule__length": 40, "optimizer__lr": 1e-2, "checkpoint__every": 0}
+    said("rm", world, tmp_path, 0, **learning, **files | {"data__eval": files["data"]}, into="right")
+    log = said("ppo", world, tmp_path, 0, reward=tmp_path / "right", into="of the right", **ONE | {"critic": "zero"})
+    assert "prefers the worse replies" not in log
+    said("rm", world, tmp_path, 0, **learning, **files)
     rm = tmp_path / "rm"
     assert json.loads((rm / "run.json").read_text())["result"]["eval/accuracy_high"] < 0.5
     log = said("ppo", world, tmp_path, 1, reward=rm, **ONE | {"critic": "zero"})

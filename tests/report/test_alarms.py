@@ -122,9 +122,73 @@ def test_a_rate_may_rise_in_the_warm_up():
 )
 def test_gold(evaluations, alarm):
     history = History(3)
-    for pair in evaluations:
-        history.see_evaluation(*pair)
+    for step, (score, gold) in enumerate(evaluations):
+        assert history.see_evaluation(step, score, "judge", gold)
+        assert not history.see_evaluation(step, score, "judge", gold)  # a run that is over evaluates once more
     assert list(signals(history, Alarms(gold="judge"))) == (["gold falls"] if alarm else [])
+
+
+def goes_on(history: History, window: int) -> History:
+    return History(**json.loads(json.dumps(asdict(history))) | {"window": window})
+
+
+def given(history: History, name: str, *series: tuple[float, int]) -> History:
+    """Each value so many times."""
+    for value, times in series:
+        for _ in range(times):
+            history.see({name: value}, True)
+    return history
+
+
+@pytest.mark.parametrize("window", [3, 5, 10])
+def test_the_start_stays_the_start_when_a_run_goes_on_with_another_window(window):
+    """Entropy 10, then a hundredth of it; at 2, a fifth of it, nothing is to be said."""
+    history = goes_on(given(History(5), "policy/entropy", (10.0, 100)), window)
+    assert signals(given(history, "policy/entropy", (2.0, 2 * window)), Alarms(window=window)) == {}
+    assert set(signals(given(history, "policy/entropy", (0.1, window)), Alarms(window=window))) == {"entropy collapse"}
+    assert history.change("policy/entropy") == (10.0, 0.1)
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_while_all_is_remembered_another_window_is_as_if_it_had_been_so_from_the_start(at):
+    values = [float(value) for value in range(24)]
+    history = History(3)
+    for number, value in enumerate(values):
+        history = goes_on(history, 6) if number == at else history
+        history.see({"policy/entropy": value}, True)
+    assert history.change("policy/entropy") == (2.5, 20.5)  # medians of 0 to 5 and of 18 to 23
+
+
+def test_what_was_saved_before_values_were_counted_goes_on():
+    saved = asdict(given(History(3), "policy/entropy", (10.0, 20)))
+    del saved["count"], saved["missing"]
+    assert given(History(**saved), "policy/entropy", (0.5, 6)).change("policy/entropy") == (10.0, 0.5)
+
+
+def test_two_gold_metrics_are_no_series():
+    """The one is a share and falls once; the other is of a hundred, and falls once."""
+    history = History(3)
+    for step, (name, gold) in enumerate((("a", 99.0), ("a", 98.0), ("b", 0.9), ("b", 0.8))):
+        history = goes_on(history, 3)
+        history.see_evaluation(step, float(step), name, gold)
+        assert signals(history, Alarms(gold=name)) == {}
+    for step, gold in ((4, 0.7), (5, 0.6)):
+        history.see_evaluation(step, float(step), "b", gold)
+    assert set(signals(history, Alarms(gold="b"))) == {"gold falls"}
+
+
+def test_a_figure_that_no_longer_comes_says_nothing():
+    """Replies that nobody scores have no correlation; after so many iterations what it was is no news."""
+    history, longer = History(3), {"rollout/length": 20.0}
+    for _ in range(6):
+        history.see({"rollout/length": 10.0, "reward/length_correlation": 0.9}, True)
+    for _ in range(2):
+        history.see(longer, True)
+    assert set(signals(history, LIMITS)) == {"length rewarded"}
+    history.see(longer, True)
+    assert signals(history, LIMITS) == {}
+    history.see(longer | {"reward/length_correlation": 0.9}, True)
+    assert set(signals(history, LIMITS)) == {"length rewarded"}
 
 
 def test_once_and_again_where_it_is_worse_or_had_gone():
@@ -179,7 +243,15 @@ def test_what_the_report_says():
         {"step": 4, "alarm": "KL budget", "words": "KL is 9", **of},
         {"step": 8, "alarm": "repetition", "words": "60% of", **of},
     ]
-    assert in_words(records) == [
+    odd = [
+        {"step": 9},
+        {"step": 9, "alarm": None, "words": "", "reply": ""},
+        {"step": 9, "alarm": "x", "words": 1, "reply": ""},
+    ]
+    assert in_words(odd) == []  # of whoever wrote them
+    late = {"step": 9, "alarm": "gold falls", "words": "it fell", "prompt": "", "reply": ""}
+    assert in_words([late]) == ["Alarm gold falls (rlhf explain 'gold falls') in step 9: it fell."]
+    assert in_words([*odd, *records]) == [
         "Alarm repetition (rlhf explain 'repetition') in step 8, the last of 2: 60% of. A reply: 'b b'",
         "Alarm KL budget (rlhf explain 'KL budget') in step 4: KL is 9. A reply: 'b b'",
     ]

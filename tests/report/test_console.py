@@ -101,6 +101,26 @@ def test_a_log_file_gets_lines_and_no_table(monkeypatch):
     assert "\x1b" not in text.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    "text", ["found '\\[/INST]' here", "C:\\dir\\[/b]", r"x \[a^2\] y", "[bold]x[/bold] [/]", "a :smile: b"]
+)
+def test_a_note_is_printed_as_it_is(text, terminal):
+    """It may quote a row, a reply or a path, in which rich would find markup, or an emoji."""
+    rich, written = on(terminal)
+    console = Console("ppo", speak=True, rich=rich)
+    console.note(text)
+    assert re.sub(r"\x1b\[[\d;]*m", "", written.getvalue()) == f"ppo  {text}\n"
+
+
+def test_nor_is_the_name_of_a_metric_markup(monkeypatch):
+    rich, _ = on(terminal=True)
+    console = Console("ppo", speak=True, rich=rich)
+    console.step(1, 0.5, 10.0, {"[b]x": 1.0})
+    assert "[b]x" in "\n".join(last_screen(console))
+    console.close()
+
+
 def test_other_ranks_are_silent_on_a_terminal_too(monkeypatch):
     rich, text = on(terminal=True)
     console = Console("ppo", speak=False, rich=rich)

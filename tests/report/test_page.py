@@ -91,6 +91,8 @@ def test_no_file_of_anybody_is_written_over(place, capsys):
 def test_a_run_json_of_others_is_passed_over(place, capsys):
     (place / "other").mkdir()
     (place / "other" / "run.json").write_text('{"x": 1}')
+    (place / "another").mkdir()
+    (place / "another" / "status.json").write_text('{"state": "up"}')
     assert run([str(place)]) == 0
 
 

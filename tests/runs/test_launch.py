@@ -288,7 +288,9 @@ SLOW_TO_SAVE = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), Path("heard").open("a").write("stage"), sys.exit(1)))
-Path("new").write_text('{"state": "running", "exit_code": null}')
+Path("new").write_text(
+    '{"state": "running", "reason": "", "exit_code": null, "pid": 1, "host": "", "time": "2026-01-01T00:00:00+00:00"}'
+)
 Path("new").rename("status.json")
 time.sleep(60)
 """

@@ -108,6 +108,39 @@ def test_a_killed_one_and_one_that_never_began_are_listed_so(capsys: pytest.Capt
         assert listed(capsys, "--state", "running") == [("ppo", "running")]
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("status.json", {"time": "yesterday"}),
+        ("status.json", {"time": "2026-01-01T00:00:00"}),  # without a zone it has no order beside ours
+        ("status.json", {"time": 5}),
+        ("status.json", {"state": None}),
+        ("status.json", {"state": ["done"]}),
+        ("run.json", {"started": "x"}),
+        ("run.json", {"started": "2026-01-01T00:00:00"}),
+        ("run.json", {"finished": True}),
+        ("run.json", {"stage": None}),
+        ("run.json", {"inputs": []}),
+        ("run.json", {"result": 1}),
+    ],
+)
+def test_a_file_of_ours_by_name_only_is_passed_over(name: str, changed: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("odd").mkdir()
+    Path("odd", name).write_text(Path("ppo", name).read_text())
+    assert ("odd", "done") in listed(capsys)
+    Path("odd", name).write_text(json.dumps(json.loads(Path("odd", name).read_text()) | changed))
+    assert listed(capsys) == [("sft", "done"), ("rm", "done"), ("ppo", "done")]
+
+
+def test_a_run_whose_status_is_odd_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads(Path("ppo/run.json").read_text())
+    Path("ppo/run.json").write_text(json.dumps(manifest | {"finished": None, "result": {"after": {"score": "high"}}}))
+    Path("ppo/status.json").write_text('{"state": null}')
+    assert ("ppo", "unknown") in listed(capsys)
+    with pytest.raises(DataError, match=r"status.json: not the status of a run of ours"):
+        run(["show", "ppo"])
+
+
 def test_a_place_is_never_cut_short_for_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     name = "a-run-of-a-rather-long-name" * 5
     Path("ppo").rename(name)

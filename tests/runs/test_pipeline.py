@@ -145,6 +145,7 @@ def test_a_dry_run_touches_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert [plan["stage"] for plan in plans] == ["sft", "rm", "ppo"]
     assert plans[2]["config"]["roles"]["actor"] == "out/sft"
     assert "out/ppo/critic/" in plans[2]["writes"]
+    assert ["alarms.jsonl" in " ".join(plan["writes"]) for plan in plans] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import flags, left, metrics, run, run_on_two
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rlhf.config.parse import parse
 from rlhf.config.schema import PpoConfig
@@ -60,6 +62,33 @@ def test_it_is_said_with_a_reply_and_recorded(stage, noted):
     assert repeated(repetition) > 0  # of all replies the one that repeats most
     warned = [finding.text for finding in gather(output).findings if finding.level == "warn"]
     assert any(text.startswith("Alarm repetition (rlhf explain 'repetition') in step") for text in warned)
+
+
+def test_the_prompt_that_is_shown_is_that_of_the_reply(world, tmp_path):
+    """By what the run recorded of its rollouts; that of the first row would be another."""
+    output = tmp_path / "ppo"
+    assert run("ppo", [*flags("ppo", world, output, **WRONG), "--rollout.record"], tmp_path / "log") == 0
+    tokenizer, others = AutoTokenizer.from_pretrained(world / "model"), 0
+    for record in said(output):
+        rows = load_file(output / "rollouts" / f"step-{record['step']}.safetensors")
+        texts = [
+            [tokenizer.decode(ids[:length]) for ids, length in zip(rows[name], lengths.tolist(), strict=True)]
+            for name, lengths in (("prompts", rows["prompt_lengths"]), ("tokens", rows["mask"].sum(1)))
+        ]
+        assert (record["prompt"], record["reply"]) in zip(*texts, strict=True)
+        others += record["prompt"] != texts[0][0]
+    assert others > 0
+
+
+@pytest.mark.parametrize("warmup", [0.5, 0.0])
+def test_a_rate_that_rises_in_its_warm_up_is_no_alarm(warmup, world, tmp_path):
+    """Half of four steps. Without a warm-up nothing rises either."""
+    output, log = tmp_path / "ppo", tmp_path / "log"
+    more = {"schedule__length": 4, "schedule__warmup": warmup, "alarms__window": 1, "alarms__kl_budget": 1000}
+    assert run("ppo", flags("ppo", world, output, **more), log) == 0, log.read_text()
+    rates = [line["optimizer/lr"] for line in metrics(output) if "optimizer/lr" in line]
+    assert (rates[1] > rates[0]) is (warmup > 0)
+    assert "rising learning rate" not in {record["alarm"] for record in said(output)}
 
 
 def test_with_usual_limits_nothing_is_said_of_a_short_run(world, tmp_path):
@@ -138,6 +167,17 @@ def test_what_should_rise_with_the_reward_and_falls(sign, world, tmp_path):
     assert len(told) == (sign < 0)
     if told:
         assert told[0].startswith("judge fell in 3 evaluations in a row, from -")
+
+
+@pytest.mark.parametrize(("stage", "sign"), [("ppo", -1), ("grpo", -1), ("grpo", 1)])
+def test_the_evaluation_after_the_last_step_is_looked_at(sign, stage, world, tmp_path):
+    """Before the first step, after two, after four, and after the fifth, which two does not divide."""
+    output, log = tmp_path / stage, tmp_path / "log"
+    more = gold(world, tmp_path, sign) | {"eval__every": 2}
+    counting = f"calls = []\n\ndef judge(responses):\n    calls.append(1)\n    return [{sign} * len(calls)] * len(responses)\n"
+    (tmp_path / "scorer.py").write_text(counting)
+    assert run(stage, flags(stage, world, output, **more), log) == 0, log.read_text()
+    assert [record["step"] for record in said(output) if record["alarm"] == "gold falls"] == ([5] if sign < 0 else [])
 
 
 def test_a_gold_metric_that_nobody_gives(world, tmp_path):

@@ -138,6 +138,28 @@ def test_mistakes_are_one_message(words, code, told, runs, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_the_run_json_of_another_tool_makes_no_run(runs, tmp_path, capsys):
+    """Beside a model, or in a directory of it; and of two such models."""
+    for name in ("one", "other"):
+        shutil.copytree(runs / "a" / "model", tmp_path / name)
+        for place in (tmp_path / name, tmp_path / name / "logs"):
+            place.mkdir(exist_ok=True)
+            (place / "run.json").write_text('{"run": 1}')
+    assert compare(tmp_path / "one", tmp_path / "other", capsys=capsys)[0] == 0
+    assert compare(runs / "a", tmp_path / "other", "--weights", capsys=capsys)[0] == 0
+    (tmp_path / "one" / "run.json").unlink()
+    assert compare(tmp_path / "one", tmp_path / "other", capsys=capsys)[0] == 0
+
+
+def test_of_many_tensors_the_first_are_shown(tmp_path, capsys):
+    """What only one side has is no smaller difference."""
+    for name, count in (("one", 12), ("other", 0)):
+        (tmp_path / name).mkdir()
+        save_file({f"t{n}": torch.ones(1) for n in range(count)} | {"same": torch.ones(1)}, tmp_path / name / "m.safetensors")
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "  and 2 more (--json has all)"
+
+
 def test_what_cannot_be_compared_is_named(runs, tmp_path, capsys):
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(runs / "a", tmp_path / "pipeline" / "sft")

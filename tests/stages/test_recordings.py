@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,22 @@ def test_rows_of_a_file_and_a_reward_model(llamas, tmp_path, capsys):
     assert "other tokens" in capsys.readouterr().err
 
 
+def test_other_columns_of_the_rows_and_too_many_tokens(llamas, tmp_path, capsys):
+    """A file that was made for another stage; and more tokens than the model has positions."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a b", "completion": " c", "source": "x"}) + "\n")
+    record(llamas / "model", tmp_path / "a.safetensors", "--data", rows, "--rows", 1)
+    assert "positions" not in capsys.readouterr().err
+    places = AutoModelForCausalLM.from_pretrained(llamas / "model").config.max_position_embeddings
+    record(llamas / "model", tmp_path / "b.safetensors", "--tokens", places + 1, "--rows", 1)
+    assert (
+        f"the model has {places} positions: rows have at most so many tokens, not --tokens {places + 1}"
+        in capsys.readouterr().err
+    )
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.get_tensor("lengths").tolist() == [places]
+
+
 class Twice(torch.nn.Module):
     """One module, called twice."""
 
@@ -151,6 +168,73 @@ def test_of_a_large_output_some_of_every_column_is_kept_and_the_rest_is_in_its_n
     assert found.first.what == "in values that were not kept"
 
 
+def written(file: Path, tensor: torch.Tensor) -> Path:
+    """The recording of one module that gives the tensor."""
+    model = torch.nn.Sequential(torch.nn.Identity())
+    with recorded(model) as outputs:
+        model(tensor)
+    write_recording(file, Recording({}, torch.tensor([1]), torch.tensor([1]), outputs))
+    return file
+
+
+@pytest.mark.parametrize(("factor", "within"), [(100.0, False), (1.0, True)])
+def test_a_tolerance_is_of_what_was_not_kept_too(factor, within, tmp_path):
+    """Every third is kept, of which one is off by 1e-4; the others are a hundred times as large, so the norm is 80 times."""
+    whole = torch.randn(3, VALUES, generator=torch.Generator().manual_seed(0))
+    moved = whole.clone()
+    moved.flatten()[torch.arange(whole.numel()) % 3 != 0] *= factor
+    moved[0, 0] += 1e-4
+    found = compare_recordings(written(tmp_path / "a.safetensors", whole), written(tmp_path / "b.safetensors", moved), 1e-3)
+    assert found.equal is within
+    expected = moved.double().norm() / whole.double().norm() - 1 if factor > 1 else 1e-4 / whole.flatten()[::3].norm()
+    assert found.outputs[0].relative == pytest.approx(float(expected), rel=1e-3)
+    assert found.outputs[0].place == [0, 0]
+    assert ("in values that were not kept" in found.outputs[0].what) is (factor > 1)
+
+
+def test_a_change_too_small_for_the_norm_is_in_the_digest(tmp_path):
+    """Neither kept nor, beside a million, in a norm of float64."""
+    whole = torch.full((3, VALUES), 1e6)
+    whole[1, 7] = 1e-6
+    moved = whole.clone()
+    moved[1, 7] = 2e-6
+    found = compare_recordings(written(tmp_path / "a.safetensors", whole), written(tmp_path / "b.safetensors", moved))
+    assert found.first is not None
+    assert (found.first.what, found.first.relative) == ("in values that were not kept", 0.0)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [1, 3], ids=["whole", "every third"])
+def test_what_is_no_number_is_equal_to_itself(odd, rows, tmp_path):
+    one = torch.ones(rows, VALUES)
+    one[0, 0] = odd
+    a, b = (written(tmp_path / f"{name}.safetensors", one) for name in "ab")
+    assert compare_recordings(a, b).equal
+    other = one.clone()
+    other[0, 3] = 1.5  # one of those that are kept
+    found = compare_recordings(a, written(tmp_path / "c.safetensors", other))
+    assert found.first is not None
+    assert (found.first.place, found.first.largest) == ([0, 3], 0.5)
+    assert found.first.relative == pytest.approx(0.5 / (VALUES - 1) ** 0.5)
+    found = compare_recordings(a, written(tmp_path / "d.safetensors", torch.ones(rows, VALUES)), 1e300)
+    assert found.first is not None
+    assert (found.first.relative, found.first.largest) == (torch.inf, torch.inf)
+    assert found.as_json()["outputs"][0]["largest"] is None
+
+
+def test_equal_to_the_bit_is_of_bits(tmp_path, capsys):
+    """One and two are numbers of bfloat16, too; minus zero is equal to zero."""
+    values = torch.tensor([1.0, 2.0, 0.0])
+    a = written(tmp_path / "a.safetensors", values)
+    typed = written(tmp_path / "typed.safetensors", values.bfloat16())
+    signed = written(tmp_path / "signed.safetensors", torch.tensor([1.0, 2.0, -0.0]))
+    for other, told in ((typed, "equal values, float32 and bfloat16"), (signed, "equal values of other bits")):
+        assert main(["compare", str(a), str(other)]) == 1
+        assert f"part at 0: {told}" in capsys.readouterr().out
+        assert main(["compare", str(a), str(other), "--tolerance=1e-9"]) == 0
+    assert main(["compare", str(a), str(written(tmp_path / "b.safetensors", values.clone()))]) == 0
+
+
 def test_another_architecture_is_no_error(llamas, tmp_path, capsys):
     shutil.copytree(llamas / "model", tmp_path / "model")
     config = LlamaConfig.from_pretrained(llamas / "model")
@@ -170,6 +254,11 @@ def test_another_architecture_is_no_error(llamas, tmp_path, capsys):
         (["a.safetensors", "touched/model.safetensors"], 65, "touched/model.safetensors: no recording"),
         (["a.safetensors", "b.safetensors", "--weights"], 2, "--weights: has no meaning"),
         (["touched", "touched", "--tolerance=1"], 2, "--tolerance: has no meaning"),
+        (["a.safetensors", "b.safetensors", "--tolerance=nan"], 2, "--tolerance nan: expected a relative error"),
+        (["a.safetensors", "b.safetensors", "--tolerance=-1"], 2, "--tolerance -1.0: expected a relative error"),
+        (["a.safetensors", "b.safetensors", "--tolerance=inf"], 2, "--tolerance inf: expected a relative error"),
+        (["touched", "touched", "--config=nowhere"], 2, "--config: is for a Megatron checkpoint"),
+        (["touched", "--record", "/proc/new.safetensors"], 73, "/proc/new.safetensors: cannot be written"),
         (["touched", "--record", "a.safetensors"], 73, "a.safetensors: is there already"),
         (["touched", "--record", "new.bin"], 73, "must end in .safetensors"),
         (["touched", "--record", "no/new.safetensors"], 73, "there is no directory no"),

@@ -16,7 +16,17 @@ from rlhf.report.html.panels import NOT_DRAWN, PANELS
 from rlhf.report.html.verdict import Finding, Level, ending, findings, kl_budget, series, warned, worst
 from rlhf.report.records import NOTES, Records
 from rlhf.runs.lineage import Node, chain
-from rlhf.runs.manifest import MANIFEST, STATUS, changed_files, is_run, read_manifest, read_status, seconds, standing
+from rlhf.runs.manifest import (
+    MANIFEST,
+    STATUS,
+    changed_files,
+    has_status,
+    is_run,
+    read_manifest,
+    read_status,
+    seconds,
+    standing,
+)
 
 MOST_PROMPTS = 20
 PICTURE_BYTES = 4 << 20
@@ -65,8 +75,8 @@ def find_runs(place: Path) -> list[Path]:
     runs = {run: manifest["started"] for run, manifest in started.items() if manifest["stage"] in STAGES}
     # a stage that failed before there was anything to record: without it the page of its pipeline would be all green
     for file in place.glob(f"*/{STATUS}"):
-        if file.parent not in started and (status := read_status(file.parent)):
-            runs[file.parent] = status.get("time", "")
+        if file.parent not in started and has_status(file.parent) and (status := read_status(file.parent)):
+            runs[file.parent] = status["time"]
     if not runs:
         raise DataError(f"{place}: no run: there is no {MANIFEST} in it, nor in a directory in it")
     return sorted(runs, key=lambda run: runs[run])
