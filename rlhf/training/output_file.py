@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from rlhf.errors import OutputError, StorageError
+from rlhf.data.rows import Row
+from rlhf.errors import DataError, OutputError, StorageError
 
 
 def require_new(file: str | Path) -> Path:
@@ -25,6 +27,13 @@ def require_new(file: str | Path) -> Path:
     except OSError as error:
         raise OutputError(f"{file}: cannot be made: {error.strerror}; name another file in --output") from None
     return file
+
+
+def require_free(row: Row, columns: Collection[str], names: Iterable[str]) -> None:
+    """Raises DataError where a column of the row has one of the names that are written beside it."""
+    for name in names:
+        if name in columns:
+            raise DataError(f"{row.where}: has a column {name!r}, which is the name of one that is written; rename it")
 
 
 def write(file: Path, text: str) -> None:
