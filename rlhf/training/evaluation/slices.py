@@ -32,21 +32,22 @@ def slices(examples: Sequence[RankedExample], scores: Tensor, fields: Sequence[s
     """
     pairs, lengths = comparisons(examples, like=scores.double()), lengths_of(examples)
     right, longer_by = accuracy(scores[pairs.better], scores[pairs.worse]), lengths[pairs.better] - lengths[pairs.worse]
-    found = _figures([f"better reply is {how}" for how in ("shorter", "as long", "longer")], longer_by.sign() + 1, right, pairs)
-    found = {name: found[name] for name in reversed(found)}
+    by_length = (longer_by.sign().long() - 1) % 3  # signs 1, -1 and 0 become places 0, 1 and 2
+    found = _figures([f"better reply is {how}" for how in ("longer", "shorter", "as long")], by_length, right, pairs)
     for field in fields:
         values = [_value(example, field) for example in examples]
         codes = {value: code for code, (value, _) in enumerate(Counter(values).most_common())}
         of_pairs = [codes[value] for value, example in zip(values, examples, strict=True) for _ in example.comparisons]
-        found |= _figures([f"{field}: {value}" for value in codes], torch.tensor(of_pairs), right, pairs)
+        which = torch.tensor(of_pairs, dtype=torch.long, device=right.device)
+        found |= _figures([f"{field}: {value}" for value in codes], which, right, pairs)
     return found
 
 
 def _figures(names: Sequence[str], which: Tensor, right: Tensor, pairs: Comparisons) -> Slices:
     """All slices in one pass, as a field may have as many values as there are rows; `which`: (P,) the slice of each pair."""
     none = pairs.decided.new_zeros(len(names))
-    prompts = none.index_add(0, which.long(), pairs.decided)
-    successes = none.index_add(0, which.long(), pairs.decided * right)
+    prompts = none.index_add(0, which, pairs.decided)
+    successes = none.index_add(0, which, pairs.decided * right)
     found = {}
     for name, count, successful in zip(names, prompts.tolist(), successes.tolist(), strict=True):
         if count:
