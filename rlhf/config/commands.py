@@ -130,7 +130,7 @@ class EvalConfig(Inference):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Prompts: logits are divided by it; 0: greedy."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Prompts: what is sampled follows from it and the row's place in the file, whatever the batch size."""
+    """Prompts: what is sampled follows from it and the row's place among the usable rows, whatever the batch size."""
     batch_size: Count = 16
     """Rows per forward pass; memory and speed only."""
     output: Place | None = None
@@ -178,6 +178,10 @@ class ScoredRows(RowReading, OneFile):
     """ignore: columns nobody asked for are kept beside the scores; fail: they are an error."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a reward model reads prompt and reply: by its chat template, joined as they are, or auto: chat where there is one."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt + reply, in tokens of a reward model; none: as long as the model has positions for."""
+    too_long: Literal["fail", "skip"] = "fail"
+    """A reply past `max_length`, or the model's positions: stop before any is scored, or give it no score and count it."""
 
 
 class ScoreConfig(Section):
@@ -186,11 +190,18 @@ class ScoreConfig(Section):
     reward: Scoring
     data: ScoredRows
     output: Place
-    """The .jsonl file to write: the rows, and `score`; of pairs `score_chosen` and `score_rejected`."""
+    """The .jsonl file to write: the rows as they came, and `score`; of pairs `score_chosen` and `score_rejected`."""
     batch_size: Count = 16
     """Replies per forward pass of a reward model; memory and speed only."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model. A Hub model must then be pinned to a commit (`id@40 hex digits`)."""
+
+    @model_validator(mode="after")
+    def _has_tokens_to_count(self) -> ScoreConfig:
+        for name in ("max_length", "too_long"):
+            if getattr(self.data, name) != ScoredRows.model_fields[name].default and not self.reward.models:
+                raise ValueError(f"data.{name} has no meaning without a reward model, whose tokens it counts: leave it out")
+        return self
 
 
 class RecordConfig(Inference):

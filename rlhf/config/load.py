@@ -149,6 +149,8 @@ def _put_flags(
             mistakes.append(Mistake(place, flag, f"names a section; give one of its fields: {below}"))
         elif path in seen:
             mistakes.append(Mistake(place, name, f"given twice, first as --{seen[path]}; keep one"))
+        elif field.nullable and not text:  # an empty variable of a shell; a file says `field:` and means it
+            mistakes.append(Mistake(place, name, f"given nothing, expected {field.expected}"))
         else:
             seen[path] = flag
             if (before := tree.at(root, path)) is not None:

@@ -99,11 +99,7 @@ class Scoring(RewardSource):
     allow_private: bool = False
     """Let a service be on this machine or in a private network."""
     gate: bool = True
-    """Refuse a reward model of an RM run whose held-out accuracy is not above chance: its 95% interval reaches 0.5; and any
-    reward that prefers the worse replies of `pairs`."""
-    pairs: Place | None = None
-    """Rows of prompt, chosen, rejected (and columns that the sources ask for): before anything is learned, the reward is asked
-    which reply it prefers in the first 256. None: it is taken at its word."""
+    """Refuse a reward model of an RM run whose held-out accuracy is not above chance: its 95% interval reaches 0.5."""
     allow_hosts: tuple[str, ...] = ()
     """The only hosts that a service may be on; empty: any."""
 
@@ -148,6 +144,9 @@ class Scoring(RewardSource):
 class Reward(Scoring):
     """Where scores come from, and what is made of them."""
 
+    pairs: Place | None = None
+    """Rows of prompt, chosen, rejected (and columns that the sources ask for): before anything is learned, the reward is asked
+    which reply it prefers in the first 256; `gate` refuses one that prefers the worse. None: it is taken at its word."""
     normalize: Literal["none", "running"] = "none"
     """running: subtract the mean and divide by the deviation of all scores so far."""
     clip: Positive | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-Kind = Literal["text", "sft", "pair", "ranking", "rated", "prompt"]
+Kind = Literal["text", "sft", "pair", "ranking", "rated", "prompt", "reply", "replies"]
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
@@ -14,6 +14,8 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "ranking": ("prompt", "chosen", "rejected", "margin", "tie", "responses", "scores", "ranks"),
     "rated": ("prompt", "completion", "label", "chosen", "rejected"),
     "prompt": ("prompt", "messages", "completion", "chosen", "rejected"),
+    "reply": ("messages", "prompt", "completion", "text"),
+    "replies": ("prompt", "chosen", "rejected"),
 }
 # conversations is ShareGPT's name, which trl.maybe_convert_to_chatml renames too; choosen is a misspelling in the wild.
 ALIASES = {"response": "completion", "choosen": "chosen", "conversations": "messages"}

@@ -9,6 +9,8 @@ reader does change (an alias, an hh-rlhf transcript, a dropped pair) is counted 
     ranking  {"prompt", "responses": [...], "ranks": [float], "margin": float}; two responses of a pair, or more
     rated    {"prompt", "completion", "label": bool}, or as pair
     prompt   {"prompt"}
+    reply    as sft, but the completion may be empty: it is scored, and not learned from
+    replies  as pair, but either may be empty, and both the same
 
 Each of prompt, completion, chosen, rejected and responses is a string or a list of {"role", "content"} messages, and all of
 one row have the same form:

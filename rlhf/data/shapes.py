@@ -58,6 +58,7 @@ class Fields:
     """The file's columns of the row, known or not."""
     unread: tuple[str, ...] = ()
     """Those of them that are no field and that nobody asked for."""
+    may_be_empty: tuple[str, ...] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -73,7 +74,7 @@ class Fields:
 
     def text(self, name: str) -> str:
         text = check_text(self.require(name), self.columns[name])
-        if not text.strip():
+        if not text.strip() and name not in self.may_be_empty:
             raise BadRow(f"{self.columns[name]} is empty", EMPTY_FIX)
         return text
 
@@ -273,15 +274,34 @@ def _sft(row: Fields) -> dict[str, Any]:
 
 
 def _pair(row: Fields) -> dict[str, Any] | None:
-    chosen, rejected = row.dialogue("chosen"), row.dialogue("rejected")
-    if _is_conversation(chosen) and _is_conversation(rejected):
-        prompt, chosen, rejected = _split_pair(row, chosen, rejected)
-    else:
-        prompt = row.prompt()
-        chosen, rejected = row.reply("chosen", prompt), row.reply("rejected", prompt)
+    prompt, chosen, rejected = _parted(row)
     if chosen == rejected:
         row.remarks.add(EQUAL_PAIR)
         return None
+    return _checked(row, prompt, chosen, rejected)
+
+
+def _reply(row: Fields) -> dict[str, Any]:
+    return _sft(replace(row, may_be_empty=("completion",)))
+
+
+def _replies(row: Fields) -> dict[str, Any]:
+    prompt, chosen, rejected = _parted(replace(row, may_be_empty=("chosen", "rejected")))
+    if chosen == rejected == []:  # of two conversations that are the same, all was taken for their prompt
+        prompt, chosen, rejected = prompt[:-1], prompt[-1:], prompt[-1:]
+    return _checked(row, prompt, chosen, rejected)
+
+
+def _parted(row: Fields) -> tuple[Dialogue, Dialogue, Dialogue]:
+    """(prompt, chosen, rejected)"""
+    chosen, rejected = row.dialogue("chosen"), row.dialogue("rejected")
+    if _is_conversation(chosen) and _is_conversation(rejected):
+        return _split_pair(row, chosen, rejected)
+    prompt = row.prompt()
+    return prompt, row.reply("chosen", prompt), row.reply("rejected", prompt)
+
+
+def _checked(row: Fields, prompt: Dialogue, chosen: Dialogue, rejected: Dialogue) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "chosen": row.check_reply("chosen", chosen),
@@ -333,7 +353,9 @@ def _rated(row: Fields) -> dict[str, Any] | None:
     return {"prompt": prompt, "completion": row.check_reply("completion", row.reply("completion", prompt)), "label": label}
 
 
-def _split_pair(row: Fields, chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
+def _split_pair(
+    row: Fields, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
     """(prompt, chosen reply, rejected reply); a prompt column that stands beside them must say the same."""
     prompt, chosen, rejected = split_common_prompt(chosen, rejected)
     if chosen != rejected:  # else the pair is dropped, and all of it looks like its prompt
@@ -367,4 +389,6 @@ SHAPES: dict[Kind, Callable[[Fields], dict[str, Any] | None]] = {
     "ranking": _ranking,
     "rated": _rated,
     "prompt": _prompt,
+    "reply": _reply,
+    "replies": _replies,
 }

@@ -302,6 +302,13 @@ def open_reward_model(spec: str, trust_remote_code: bool = False) -> Roles:
     return _in_use(spec, ActorCritic(critic=critic), trust_remote_code)
 
 
+def open_text_reward(spec: str, template: str, trust_remote_code: bool = False) -> RewardModel:
+    """A reward model that reads prompts and replies as texts, with its own tokenizer; `template` as of `Template`."""
+    roles = open_reward_model(spec, trust_remote_code)
+    own = Template(roles.tokenizer, template, roles.stop_ids)
+    return RewardModel(roles.policy, "critic", positions(roles.policy), own)
+
+
 def _in_use(spec: str, policy: ActorCritic, trust_remote_code: bool) -> Roles:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _roles(spec, freeze(policy).to(device), trust_remote_code)

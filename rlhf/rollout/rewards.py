@@ -20,7 +20,7 @@ from rlhf.data.collate import Row, last_row, token_batch
 from rlhf.data.examples import PromptExample
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckFailed, ConfigError, DataError
 from rlhf.functional.rewards import combine_scores
 from rlhf.models.roles import RewardModel
 from rlhf.rollout.engines import Samples
@@ -70,6 +70,8 @@ class Replies:
 
 Source = Callable[[Replies], Sequence[float | None]]
 
+SHORTER = "lower data.max_length or rollout.max_new_tokens"
+
 
 def open_reward(
     config: Scoring,
@@ -79,12 +81,14 @@ def open_reward(
     micro_batch_size: int,
     most: Callable[[int], int] = lambda count: count,
     told: Callable[[int, int], None] = lambda rows, tokens: None,
+    advice: str = SHORTER,
 ) -> CombinedReward:
     """`most` gives the largest of a number over all ranks, which call a model that they divide equally often; `told` hears how
     many rows and tokens a model has just read.
 
     Args:
         template: of the policy; None where replies are texts, whose tokens nothing may then ask for.
+        advice: what to do where a row has more tokens than a model has positions.
     """
     if template is None:
         _require_texts(config, readers)
@@ -93,7 +97,7 @@ def open_reward(
         if name in readers:
             source = TextReward(readers[name], masks=config.on_failure == "mask" and kind_of(part.source) != "verifier")
         elif name in models:
-            source = ModelReward(part.source, models[name], micro_batch_size, most, told)
+            source = ModelReward(part.source, models[name], micro_batch_size, most, told, advice)
         else:
             assert template is not None
             source = CountReward(part.source.removeprefix("count:"), template.tokenizer)
@@ -139,8 +143,10 @@ class ModelReward:
         micro_batch_size: int,
         most: Callable[[int], int] = lambda count: count,
         told: Callable[[int, int], None] = lambda rows, tokens: None,
+        advice: str = SHORTER,
     ) -> None:
         self.name, self.model, self.micro_batch_size, self.most, self.told = name, model, micro_batch_size, most, told
+        self.advice = advice
 
     def __call__(self, replies: Replies) -> list[float]:
         """Rows of like length are scored together."""
@@ -165,9 +171,19 @@ class ModelReward:
         if longest and count > longest:
             raise DataError(
                 f"{asked.row.where}: with a reply it takes {count} positions of the reward model {self.name}, which has "
-                f"{longest}: lower data.max_length or rollout.max_new_tokens"
+                f"{longest}: {self.advice}"
             )
         return row
+
+
+def require_finite(scores: Scores, asked: Sequence[PromptExample]) -> None:
+    """Raises CheckFailed where a score that there is is no finite number."""
+    wrong = (scores.kept & ~scores.scores.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise CheckFailed(
+            f"{asked[wrong[0]].row.where}: the score of its reply is {float(scores.scores[wrong[0]])}; a reward must give "
+            "numbers, or None for no score"
+        )
 
 
 def read_again(template: Template, asked: PromptExample, reply: str, finished: bool) -> Row:

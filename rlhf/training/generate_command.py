@@ -10,12 +10,11 @@ from rlhf.config.commands import GenerateConfig
 from rlhf.config.parse import Invocation
 from rlhf.data.examples import prompt_examples
 from rlhf.data.rows import Row
-from rlhf.errors import DataError
 from rlhf.models.precision import precisions
 from rlhf.report.console import Console
 from rlhf.rollout.steps import Schema
 from rlhf.training.inference import counting, load_actor
-from rlhf.training.output_file import require_new, write
+from rlhf.training.output_file import require_free, require_new, write
 
 
 def generate(invocation: Invocation[GenerateConfig]) -> int:
@@ -69,7 +68,5 @@ def described(result: dict[str, Any]) -> str:
 
 def _beside(row: Row, names: list[str]) -> dict[str, Any]:
     """The row as it goes into the file, before the replies."""
-    for name in ("prompt", *names):
-        if name in row.others:
-            raise DataError(f"{row.where}: has a column {name!r}, which is the name of one that is written; rename it")
+    require_free(row, row.others, ("prompt", *names))
     return {"prompt": row.fields["prompt"], **row.others}

@@ -20,7 +20,7 @@ from rlhf.data.templates import Messages, Template
 from rlhf.errors import ConfigError, DataError
 from rlhf.models.actor_critic import unwrapped
 from rlhf.models.precision import Precision, computing_in
-from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
+from rlhf.models.roles import RewardModel, Roles, open_policy, open_text_reward
 from rlhf.report.console import Console
 from rlhf.rollout.decoding import Reply
 from rlhf.rollout.engines import NativeEngine
@@ -73,8 +73,7 @@ def load_reward(
     model: str | Path, *, template: Literal["auto", "chat", "plain"] = "auto", trust_remote_code: bool = False
 ) -> RewardScorer:
     """A reward model to score with; arguments and errors as of `load_actor`."""
-    roles = open_reward_model(str(model), trust_remote_code)
-    return RewardScorer(str(model), roles, Template(roles.tokenizer, template, roles.stop_ids))
+    return RewardScorer(str(model), open_text_reward(str(model), template, trust_remote_code))
 
 
 class Policy:
@@ -184,11 +183,14 @@ def counting(console: Console, replies: int, roles: Roles, max_new_tokens: int) 
 
 
 class RewardScorer:
-    """A reward model; the scores are those of `rlhf ppo`'s rewards, and of the service `rlhf serve-reward`."""
+    """A reward model that reads texts with its own tokenizer, as the service `rlhf serve-reward` does.
 
-    def __init__(self, name: str, roles: Roles, template: Template) -> None:
-        self.roles, self.template = roles, template
-        self.model, self.name = RewardModel(roles.policy, "critic", positions(roles.policy), template), name
+    `rlhf ppo` may give a reply another score: it hands over the actor's tokens or, where the tokenizers differ and there is no
+    chat template, the text with its outer blanks, which `Generated.text` is without.
+    """
+
+    def __init__(self, name: str, model: RewardModel) -> None:
+        self.name, self.model = name, model
 
     def score(
         self,
@@ -218,4 +220,5 @@ class RewardScorer:
         rows = [Row(f"prompts[{place}]", {"prompt": prompt}, {}) for place, prompt in enumerate(prompts)]
         asked = [PromptExample(place, [], row) for place, row in enumerate(rows)]
         none: list[list[int]] = [[] for _ in asked]
-        return ModelReward(self.name, self.model, batch_size)(Replies(asked, none, replies, finished, none))
+        reward = ModelReward(self.name, self.model, batch_size, advice="shorten the prompt or the reply")
+        return reward(Replies(asked, none, replies, finished, none))

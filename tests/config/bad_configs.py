@@ -101,6 +101,8 @@ BAD_FLAGS = [
     (("output", "null"), "--output: given `null`, expected text"),
     (("output", ""), "--output: given nothing, expected text"),
     (("actor", ""), "--actor: roles.actor: given nothing, expected text"),
+    (("reference", ""), "--reference: roles.reference: given nothing, expected text, or none"),
+    (("max-hours", ""), "--max-hours: max_hours: given nothing, expected a number, above 0, or none"),
     (("report.trackers", "tensorboard,comet"), "--report.trackers: report.trackers[1]: given `comet`"),
     (("data.columns.prompt", "null"), "--data.columns.prompt: given `null`, expected text"),
     (("data.columns", "a"), "--data.columns: names a section; give one of its fields: --data.columns.NAME"),

@@ -79,3 +79,19 @@ def test_a_config_of_a_run_is_read_again(tmp_path):
     config = read(tmp_path, "reward: {source: 'count:a'}\n")
     (tmp_path / "run.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
     assert load(PpoConfig, tmp_path / "run.json", section="config") == config
+
+
+@pytest.mark.parametrize("words", [["score", "rm", "rows.jsonl"], ["eval", "model", "--prompts=p", "--reward=rm"]])
+def test_pairs_are_of_a_run_that_learns(words):
+    """Nobody else looks at them: taken in silence, a file that is not there would go unnoticed."""
+    with pytest.raises(ConfigError, match=r"--reward\.pairs: .*unknown flag"):
+        parse(words[0], [*words[1:], "--output=o", "--reward.pairs=pairs.jsonl"])
+    assert parse("ppo", ["--actor=a", "--data=d", "--output=o", "--reward=rm", "--reward.pairs=p"]).config.reward.pairs == "p"
+
+
+@pytest.mark.parametrize("flag", ["max-forgetting", "reference", "against"])
+def test_an_empty_value_turns_nothing_off(flag):
+    words = ["model", "--data=d"]
+    with pytest.raises(ConfigError, match=f"--{flag}: .*given nothing, expected .*, or none"):
+        parse("eval", [*words, f"--{flag}", ""])
+    assert getattr(parse("eval", [*words, f"--{flag}", "none"]).config, flag.replace("-", "_")) is None

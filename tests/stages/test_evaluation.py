@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import flags, run
 from test_generate_eval import END, evaluated, own_loss, own_scores, rows_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import main
@@ -63,11 +64,33 @@ def test_slices_by_hand():
         "better reply is longer": (1.0, 1.0),
         "better reply is shorter": (pytest.approx(2 / 3), 1.0),  # two of the three pairs of one prompt
         "better reply is as long": (pytest.approx(4 / 3), 0.0),
-        "level: 3": (2.0, pytest.approx((1 + 2 / 3) / 2)),
+        "level: 3": (pytest.approx(2), pytest.approx((1 + 2 / 3) / 2)),
         "level: 2.5": (1.0, 0.0),
-        "hard: false": (2.0, pytest.approx(1 / 3)),
+        "hard: false": (pytest.approx(2), pytest.approx(1 / 3)),
         "hard: true": (1.0, 1.0),
     }
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_slices_take_one_pass_however_many_there_are():
+    """A pass of its own for each value is quadratic where each row has its own."""
+    counts = []
+    for values in (2, 200):
+        examples = [RankedExample([1], [[2, 2], [3]], [0.0, 1.0], others={"id": at % values}) for at in range(200)]
+        with Operations() as operations:
+            found = slices(examples, torch.tensor([1.0, 0.0] * 200), ["id"])
+        assert (len(found), found["id: 1"]["prompts"]) == (1 + values, 200 / values)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def test_few_are_said_to_be_few(models, capsys):

@@ -73,6 +73,10 @@ def test_the_python_runs(place, tmp_path, monkeypatch, capsys):
     made = runpy.run_path(str(tmp_path / "page.py"))
     assert re.match(r"0 0 (True|False) ", capsys.readouterr().out)
     assert len(made["replies"]) == len(made["scores"]) == len(set(made["scores"])) == 4
+    cut = [not reply.finished for reply in made["replies"]]
+    assert any(cut)
+    as_ended = made["reward"].score(made["asked"], made["texts"])
+    assert [score != pytest.approx(other) for score, other in zip(made["scores"], as_ended, strict=True)] == cut
 
 
 def test_defaults_on_the_page_are_the_schemas():

@@ -6,7 +6,7 @@ prompts and the same random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,6 @@ from rlhf.data.collate import reply_row, token_batch
 from rlhf.data.examples import PromptExample, prompt_examples
 from rlhf.data.order import chunks, row_seeds
 from rlhf.data.templates import Template
-from rlhf.errors import CheckFailed
 from rlhf.models.load import load_tokenizer
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
@@ -27,7 +26,7 @@ from rlhf.models.tokenizers import other_part, own_template, require_same_tokeni
 from rlhf.report.console import Console, Count
 from rlhf.rollout.engines import NativeEngine, Samples
 from rlhf.rollout.readers import AT_ONCE, Reader, columns_asked, require_answers
-from rlhf.rollout.rewards import Scores, decode, open_reward
+from rlhf.rollout.rewards import Scores, decode, open_reward, require_finite
 from rlhf.rollout.sampling import Sampling
 from rlhf.training.evaluation.rows import file_of, say
 from rlhf.training.inference import counting
@@ -124,13 +123,14 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
     for own in answers:
         models = {name: _reading(config.reward.models[name], roles, own, console) for name, roles in opened.items()}
         count = counted_scores(config.reward, models, len(own.prompts), console)
-        reward = open_reward(config.reward, readers, models, own.template, config.batch_size, told=count.add)
+        advice = "lower data.max_length or max_new_tokens"
+        reward = open_reward(config.reward, readers, models, own.template, config.batch_size, told=count.add, advice=advice)
         parts = []
         for rows in chunks(range(len(own.prompts)), AT_ONCE):  # a call of a function or a service has a deadline
             parts.append(reward(own.samples.rows(rows), [own.prompts[row] for row in rows]))
             count.add(0 if models else len(rows))
         scores = Scores.joined(parts)
-        _require_finite(scores, own.prompts)
+        require_finite(scores, own.prompts)
         found.append(replace(scores, scores=config.reward.weight * scores.scores.double()))
     return found
 
@@ -147,12 +147,3 @@ def _reading(spec: str, roles: Roles, own: Answered, console: Console) -> Reward
         console.note(f"the {other} of the reward model {spec} is not the policy's: it reads replies as text")
         model.template = own_template(spec, roles.tokenizer)
     return model
-
-
-def _require_finite(scores: Scores, prompts: Sequence[PromptExample]) -> None:
-    wrong = (scores.kept & ~scores.scores.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        raise CheckFailed(
-            f"{prompts[wrong[0]].row.where}: the score of its reply is {float(scores.scores[wrong[0]])}; a reward must give "
-            "numbers, or None for no score"
-        )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import comparisons
+from rlhf.data.collate import Comparisons, comparisons
 from rlhf.data.examples import RankedExample
 from rlhf.errors import DataError
 from rlhf.functional.preference import accuracy, wilson_interval
@@ -30,25 +30,30 @@ def slices(examples: Sequence[RankedExample], scores: Tensor, fields: Sequence[s
     Raises:
         DataError: a field is neither text nor a number nor a truth value.
     """
-    pairs, lengths = comparisons(examples, like=scores), lengths_of(examples)
+    pairs, lengths = comparisons(examples, like=scores.double()), lengths_of(examples)
     right, longer_by = accuracy(scores[pairs.better], scores[pairs.worse]), lengths[pairs.better] - lengths[pairs.worse]
-    which = {
-        "better reply is longer": longer_by > 0,
-        "better reply is shorter": longer_by < 0,
-        "better reply is as long": longer_by == 0,
-    }
+    by_length = (longer_by.sign().long() - 1) % 3  # signs 1, -1 and 0 become places 0, 1 and 2
+    found = _figures([f"better reply is {how}" for how in ("longer", "shorter", "as long")], by_length, right, pairs)
     for field in fields:
         values = [_value(example, field) for example in examples]
-        of_pairs = [value for value, example in zip(values, examples, strict=True) for _ in example.comparisons]
-        for value, _ in Counter(values).most_common():
-            which[f"{field}: {value}"] = torch.tensor([own == value for own in of_pairs])
-    return {name: _figures(right, pairs.decided * inside) for name, inside in which.items() if (pairs.decided * inside).any()}
+        codes = {value: code for code, (value, _) in enumerate(Counter(values).most_common())}
+        of_pairs = [codes[value] for value, example in zip(values, examples, strict=True) for _ in example.comparisons]
+        which = torch.tensor(of_pairs, dtype=torch.long, device=right.device)
+        found |= _figures([f"{field}: {value}" for value in codes], which, right, pairs)
+    return found
 
 
-def _figures(right: Tensor, weight: Tensor) -> dict[str, float]:
-    prompts, successes = float(weight.sum()), float((weight * right).sum())
-    low, high = wilson_interval(successes, prompts)
-    return {"prompts": prompts, "accuracy": successes / prompts, "accuracy_low": low, "accuracy_high": high}
+def _figures(names: Sequence[str], which: Tensor, right: Tensor, pairs: Comparisons) -> Slices:
+    """All slices in one pass, as a field may have as many values as there are rows; `which`: (P,) the slice of each pair."""
+    none = pairs.decided.new_zeros(len(names))
+    prompts = none.index_add(0, which, pairs.decided)
+    successes = none.index_add(0, which, pairs.decided * right)
+    found = {}
+    for name, count, successful in zip(names, prompts.tolist(), successes.tolist(), strict=True):
+        if count:
+            low, high = wilson_interval(successful, count)
+            found[name] = {"prompts": count, "accuracy": successful / count, "accuracy_low": low, "accuracy_high": high}
+    return found
 
 
 def _value(example: RankedExample, field: str) -> str:
