@@ -119,7 +119,7 @@ class CombinedReward:
 
     def __call__(self, samples: Samples, asked: Sequence[PromptExample]) -> Scores:
         assert self.tokenizer is not None
-        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in samples.responses]
+        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in samples.said()]
         return self.of(Replies(asked, samples.responses, texts, samples.finished, samples.prompts))  # pyright: ignore
 
     def of(self, replies: Replies) -> Scores:
@@ -162,6 +162,8 @@ class ModelReward:
         else:
             row = read_again(template, asked, replies.texts[index], replies.finished[index])
         count, longest = len(row.prompt) + len(row.reply), self.model.positions
+        if not count:
+            raise DataError(f"{asked.row.where}: prompt and reply have no token together; expected at least one")
         if longest and count > longest:
             raise DataError(
                 f"{asked.row.where}: with a reply it takes {count} positions of the reward model {self.name}, which has "
