@@ -191,6 +191,13 @@ class CountReward:
         return [float(sum(token in self.ids for token in tokens)) for tokens in replies.tokens]
 
 
+def require_counted(config: Scoring, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError where a token that is to be counted is none."""
+    for part in config.parts.values():
+        if kind_of(part.source) == "count":
+            CountReward(part.source.removeprefix("count:"), tokenizer)
+
+
 class TextReward:
     """A user's function, a verifier or a service: it is given prompts and replies as text.
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import main
 from rlhf.config.commands import Judge
+from rlhf.data.examples import PromptExample
+from rlhf.data.rows import Row
 from rlhf.errors import ConfigError, DataError, StorageError
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.rewards import Scores
@@ -105,6 +112,45 @@ def test_the_kl_is_the_mean_log_ratio_of_replies(models, tmp_path, capsys, tempe
     assert itself["figures"]["model"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_reference_computes_in_the_same_precision(models, tmp_path, capsys, precision):
+    """From itself a policy is nowhere away; from one that computes otherwise it would be."""
+    data = (models / "model", "--prompts", models / "prompts.jsonl", *LENGTH, "--reference")
+    itself, _ = evaluated(capsys, tmp_path / "a.json", *data, models / "model", "--precision", precision)
+    assert itself["figures"]["model"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    other, in_fp32 = (
+        evaluated(capsys, tmp_path / "b.json", *data, models / "worse", "--precision", one)[0]["figures"]["model"]["kl"]
+        for one in (precision, "fp32")
+    )
+    assert other != in_fp32
+
+
+def test_the_replies_to_some_prompts_are_theirs_in_all_columns():
+    prompts = [PromptExample(index, [index], Row(f"a:{index}", {}, {})) for index in (4, 7, 9)]
+    samples = Samples([[4], [7], [9]], [[14], [17], [19]], [[0.4], [0.7], [0.9]], [True, False, True], 0)
+    own = Answered(prompts, samples, ["four", "seven", "nine"], None, torch.tensor([4.0, 7.0, 9.0]))  # type: ignore[arg-type]
+    found = own.only({9, 7, 8})
+    assert found.logprobs is not None
+    assert found.logprobs.tolist() == [7.0, 9.0]
+    assert (found.texts, found.samples.responses, found.samples.finished) == (["seven", "nine"], [[17], [19]], [False, True])
+    assert [prompt.index for prompt in found.prompts] == [7, 9]
+    assert own.only({4, 7, 9}) is own
+
+
+def test_a_stop_token_that_is_a_word_is_in_no_text(models, tmp_path, capsys):
+    """Replies, a function and a judge have what `rlhf generate` writes."""
+    (tmp_path / "mine.py").write_text("def told(responses):\n    return [float('d' in r.split()) for r in responses]\n")
+    data = (models / "stops", "--prompts", models / "prompts.jsonl", *LENGTH, "--reward", f"{tmp_path / 'mine.py'}:told")
+    found, replies = evaluated(capsys, tmp_path / "a.json", *data)
+    same = generated(tmp_path / "r.jsonl", models / "stops", "--data", models / "prompts.jsonl", *LENGTH)
+    capsys.readouterr()
+    assert [row["model"]["response"] for row in replies] == [row["response"] for row in same]
+    assert found["figures"]["model"]["reward"]["mean"] == 0
+    without, _ = evaluated(capsys, tmp_path / "b.json", models / "model", *data[1:])
+    assert without["figures"]["model"]["reward"]["mean"] > 0
+    assert found["figures"]["model"]["ended"]["mean"] > without["figures"]["model"]["ended"]["mean"]
+
+
 def test_the_win_rate_is_counted(models, tmp_path, capsys):
     data = ("--prompts", models / "prompts.jsonl", *LENGTH, "--reward", "count:a", "--against")
     found, replies = evaluated(capsys, tmp_path / "a.json", models / "model", *data, models / "uniform")
@@ -180,6 +226,48 @@ def test_a_judge_decides(models, tmp_path, capsys):
     assert wins["asked"] == sum(row["model"]["response"] != row["against"]["response"] for row in replies)
 
 
+def test_what_was_sampled_is_there_if_the_judge_fails(models, tmp_path, capsys):
+    """And what was scored; a second answer replaces nothing."""
+    words = [models / "model", "--prompts", models / "prompts.jsonl", *LENGTH, "--against", models / "worse"]
+    words += ["--reward", "count:a", "--output", tmp_path / "a.json", "--judge", judge(tmp_path, "sys.exit('no key')")]
+    assert main(["eval", *map(str, words)]) == 65
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{tmp_path / 'a.json'}: has replies and scores; the judge is asked now" in printed.err
+    kept = json.loads((tmp_path / "a.json").read_text())
+    assert list(kept["wins"]) == ["reward"]
+    assert all({"response", "score"} <= row["against"].keys() for row in kept["replies"])
+    whole, replies = evaluated(capsys, tmp_path / "a.json", *words[:-4], "--judge", judge(tmp_path, LONGER))
+    assert list(whole["wins"]) == ["reward", "judge"]
+    assert [{k: v for k, v in row.items() if k != "judged"} for row in replies] == kept["replies"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_judge_too(tmp_path, number):
+    """With what it started; its group is not that of the command, so nobody else would."""
+    command = judge(tmp_path, f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    body = "from rlhf.training.evaluation.judge import ask; import sys; ask(sys.argv[1:], [{'a': 'x', 'b': 'y'}], 60)"
+    process = subprocess.Popen([sys.executable, "-c", body, *shlex.split(command)], stderr=subprocess.DEVNULL)
+    waited = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < waited
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, 0)  # it is there
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    while time.monotonic() < waited and (state := running(pid)):
+        time.sleep(0.05)
+    assert not state
+
+
+def running(pid: int) -> bool:
+    """A zombie that nobody has asked about is none."""
+    said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(said) and not said.startswith("Z")
+
+
 def pairs() -> list[Pair]:
     return [Pair("p", "long one", "short"), Pair([{"role": "user", "content": "q"}], "é", "longer"), Pair("r", "same", "same")]
 
@@ -245,7 +333,7 @@ def test_the_table_in_words(models, tmp_path, capsys):
     assert "a policy on 29 prompts of" in lines[0]
     assert lines[0].endswith("few prompts: says little")
     assert [line.split()[0] for line in lines[2:8]] == ["reward", "reward/long", "reward/a", "length", "ended", "kl"]
-    assert "replies have no score" in lines[8]
+    assert "replies have no score from one source or more: they are not in the mean `reward`" in lines[8]
     assert lines[9].startswith("by the reward its reply is better in 0.")
     assert lines[10].startswith("by the judge its reply is better in 0.")
 
@@ -273,10 +361,14 @@ def test_the_table_in_words(models, tmp_path, capsys):
             "prompts.jsonl:1: the score of its reply is nan",
         ),
         ("model --prompts prompts.jsonl --max-new-tokens 64", 65, "lower data.max_length or max_new_tokens"),
+        ("nan --prompts prompts.jsonl --max-new-tokens 5", 1, "nan: a logit after the prompt '"),
+        ("model --prompts prompts.jsonl --max-new-tokens 5 --reference nan", 1, "nan: 29 of the 29 numbers"),
+        ("model --prompts prompts.jsonl --max-new-tokens 5 --temperature 1e-40", 1, "temperature or repetition_penalty is too"),
+        ("model --prompts prompts.jsonl --reference model --precision both", 78, "rows, without prompts and reference: give"),
     ],
 )
 def test_a_mistake_is_one_message(models, tmp_path, monkeypatch, capsys, words, code, message):
-    for name in ("model", "worse", "other", "critic", "sft.jsonl", "prompts.jsonl"):
+    for name in ("model", "worse", "other", "nan", "critic", "sft.jsonl", "prompts.jsonl"):
         (tmp_path / name).symlink_to(models / name)
     (tmp_path / "mine.py").write_text("def nothing(responses):\n    return [float('nan')] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
@@ -286,6 +378,27 @@ def test_a_mistake_is_one_message(models, tmp_path, monkeypatch, capsys, words, 
     assert printed.out == ""
     assert printed.err.count("rlhf: error: ") == 1
     assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--reference short", "positions, the reference short has 8: lower data.max_length or max_new_tokens"),
+        ("--reference nowhere", "nowhere: no such model"),
+        ("--reward nowhere", "nowhere: no such model"),
+        ("--reward critic --against nowhere", "nowhere: no such model"),
+        ("--reward.sources.a.source critic --reward.sources.b.source nowhere", "nowhere: no such model"),
+        ("--reward count:zebra", "no single token of this tokenizer reads 'zebra'"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_sampled(models, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(models)
+    assert main(["eval", "model", "--prompts", "prompts.jsonl", "--max-new-tokens", "5", *words.split()]) == 65
+    said = capsys.readouterr().err
+    assert message in said
+    assert "replies to 29 prompts" not in said
+    assert main(["eval", "model", "--prompts", "prompts.jsonl", "--max-new-tokens", "5"]) == 0
+    assert "replies to 29 prompts" in capsys.readouterr().err
 
 
 def test_policies_with_other_tokenizers_are_compared_by_text(models, tmp_path, capsys):

@@ -25,7 +25,7 @@ from rlhf.models.tokenizers import other_part, own_template, require_same_tokeni
 from rlhf.report.console import Console, Count
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.readers import AT_ONCE, Reader, columns_asked, require_answers
-from rlhf.rollout.rewards import Scores, open_reward
+from rlhf.rollout.rewards import Scores, open_reward, require_counted
 from rlhf.rollout.sampling import Sampling
 from rlhf.training.evaluation.rows import file_of, reply_logprobs, require_finite, say
 from rlhf.training.inference import counting, load_actor
@@ -69,6 +69,8 @@ def answered(
     say(console, found.notes)
     prompts = found.items
     require_answers(readers.values(), prompts)
+    if config.reward.model_fields_set:
+        require_counted(config.reward, roles.tokenizer)
     longest = max(map(len, prompts)) + config.max_new_tokens
     roles.check_context(longest, LOWER)
     if referenced and config.reference:
