@@ -44,10 +44,6 @@ class Samples:
         prompts, responses, logprobs, finished = ([column[row] for row in indices] for column in self._columns())
         return Samples(prompts, responses, logprobs, finished, self.version)
 
-    def said(self) -> list[list[int]]:
-        """Of each reply the tokens before its stop token: a model may name stop tokens that its tokenizer takes for text."""
-        return [tokens[:-1] if ended else tokens for tokens, ended in zip(self.responses, self.finished, strict=True)]
-
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
         """One after the other."""

@@ -119,7 +119,9 @@ class CombinedReward:
 
     def __call__(self, samples: Samples, asked: Sequence[PromptExample]) -> Scores:
         assert self.tokenizer is not None
-        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in samples.said()]
+        texts = [
+            self.tokenizer.decode(response, skip_special_tokens=True) for response in said(samples.responses, samples.finished)
+        ]
         return self.of(Replies(asked, samples.responses, texts, samples.finished, samples.prompts))  # pyright: ignore
 
     def of(self, replies: Replies) -> Scores:
@@ -241,6 +243,11 @@ class MinusAnswer:
         fields = [(prompt.row.fields["prompt"], text, prompt.row.where) for prompt, text in zip(asked, texts, strict=True)]
         tokens = [self.template.response(*of)[1] for of in fields]
         return Replies(asked, tokens, texts, [True] * len(asked), [prompt.ids for prompt in asked])
+
+
+def said(responses: Sequence[list[int]], finished: Sequence[bool]) -> list[list[int]]:
+    """Of each reply the tokens before its stop token: a model may name stop tokens that its tokenizer takes for text."""
+    return [tokens[:-1] if ended else tokens for tokens, ended in zip(responses, finished, strict=True)]
 
 
 def decode(responses: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -26,7 +26,7 @@ from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model
 from rlhf.report.console import Console
 from rlhf.rollout.decoding import Reply, Step
 from rlhf.rollout.engines import NativeEngine, Samples
-from rlhf.rollout.rewards import ModelReward, Replies, decode
+from rlhf.rollout.rewards import ModelReward, Replies, decode, said
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.steps import JsonSchema, RepetitionPenalty, RequireFinite, Schema
 
@@ -202,7 +202,7 @@ class Policy:
             if in_fp8:
                 note(in_fp8)
             drawn = engine.generate([prompts[prompt] for prompt in which], sampling, seeds)
-        return drawn, decode(drawn.said(), roles.tokenizer)
+        return drawn, decode(said(drawn.responses, drawn.finished), roles.tokenizer)
 
 
 def counting(console: Console, replies: int, roles: Roles, max_new_tokens: int) -> Callable[[Reply], None]:
