@@ -152,7 +152,8 @@ class EvalConfig(Inference):
         if self.temperature == 0 and self.prompts and self.reference:
             raise ValueError("reference: the KL is a mean over sampled replies, and temperature 0 draws none; give another")
         if self.precision == "both" and (alone := {"prompts", "base", "reference"} & there):
-            raise ValueError(f"precision `both` is for one model on held-out rows, without {alone.pop()}: give one precision")
+            with_it = " and ".join(sorted(alone))
+            raise ValueError(f"precision `both` is for one model on held-out rows, without {with_it}: give one precision")
         return self
 
 

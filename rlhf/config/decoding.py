@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlhf.config.sections import Count, Positive, Section
+from rlhf.config.sections import Count, Place, Positive, Section
 from rlhf.errors import ConfigError
 
 
@@ -55,18 +56,38 @@ class BatchDecoding(Decoding):
         return self
 
 
-def checked(**options: Any) -> BatchDecoding:
+class Opening(Section):
+    """What `rlhf.load_actor` and `rlhf.load_reward` take."""
+
+    model: Place
+    precision: Literal["fp32", "bf16"] = "fp32"
+    template: Literal["auto", "chat", "plain"] = "auto"
+    trust_remote_code: bool = False
+
+
+class Rescoring(Section):
+    """What the `score` of a reward model takes beside prompts."""
+
+    replies: tuple[str, ...]
+    finished: tuple[bool, ...] | None = None
+    batch_size: Count = 16
+
+
+Options = TypeVar("Options", bound=Section)
+
+
+def checked(kind: type[Options], **options: Any) -> Options:
     """The options that a caller in Python gives.
 
     Raises:
         ConfigError: all that is wrong with them, a line each.
     """
     try:
-        return BatchDecoding(**options)
+        return kind(**options)
     except ValidationError as error:
         lines = []
         for detail in error.errors(include_url=False):
             place = ".".join(map(str, detail["loc"]))
             said = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: given {detail['input']!r}: {said}" if place else said)
+            lines.append(f"{place}: given {reprlib.repr(detail['input'])}: {said}" if place else said)
         raise ConfigError("\n".join(lines)) from None

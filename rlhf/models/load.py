@@ -132,6 +132,14 @@ def is_scalar(spec: str, trust_remote_code: bool = False) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
+def configured_positions(spec: str, trust_remote_code: bool = False) -> int | None:
+    """Tokens that a model's longest row may have, by its config alone; None: as many as one likes, or an adapter."""
+    source = local(resolve(spec))
+    if (Path(source.path) / "adapter_config.json").exists():
+        return None
+    return getattr(_config(source, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+
+
 def local(source: Source) -> Source:
     """Sources transformers does not read as they are, converted once."""
     match source.kind:

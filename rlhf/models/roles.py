@@ -122,11 +122,9 @@ class Roles:
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
-    def check_context(self, longest: int, field: str) -> None:
+    def check_context(self, longest: int, field: str, whose: str = "the model") -> None:
         """Raises DataError where a row of `longest` tokens has more positions than the model."""
-        there = positions(self.policy)
-        if there and longest > there:
-            raise DataError(f"the longest row takes {longest} positions, the model has {there}: lower {field}")
+        require_positions(positions(self.policy), longest, field, whose)
 
     @torch.no_grad()
     def calibrate(self, prompts: Sequence[list[int]], size: int) -> None:
@@ -375,6 +373,12 @@ def positions(model: ActorCritic) -> int | None:
     """Tokens that its longest row may have; None: as many as one likes."""
     inner = unwrapped(model.actor or model.critic)  # pyright: ignore[reportArgumentType]
     return getattr(inner.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
+
+
+def require_positions(there: int | None, longest: int, field: str, whose: str) -> None:
+    """Raises DataError where there are fewer than the longest row takes."""
+    if there and longest > there:
+        raise DataError(f"the longest row takes {longest} positions, {whose} has {there}: lower {field}")
 
 
 def loading_of(config: Stage) -> Loading:

@@ -14,7 +14,7 @@ from rlhf.errors import DataError
 from rlhf.rollout.credit import sequence_kl
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.readers import Reader, checked_scores, read
-from rlhf.rollout.rewards import decode
+from rlhf.rollout.rewards import decode, said
 
 
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     """
     mask, finished = experience.mask, experience.finished.tolist()
     replies = [tokens[real.bool()].tolist() for tokens, real in zip(experience.tokens, mask, strict=True)]
-    responses = decode(replies, tokenizer)
+    responses = decode(said(replies, finished), tokenizer)
     told = zip(experience.scores.tolist(), experience.scored.tolist(), strict=True)
     columns: dict[str, list[float | None]] = {"score": [score if kept else None for score, kept in told]}
     columns |= {"length": mask.sum(1).double().tolist(), "ended": experience.finished.double().tolist()}

@@ -123,7 +123,9 @@ class CombinedReward:
 
     def __call__(self, samples: Samples, asked: Sequence[PromptExample]) -> Scores:
         assert self.tokenizer is not None
-        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in samples.responses]
+        texts = [
+            self.tokenizer.decode(response, skip_special_tokens=True) for response in said(samples.responses, samples.finished)
+        ]
         return self.of(Replies(asked, samples.responses, texts, samples.finished, samples.prompts))  # pyright: ignore
 
     def of(self, replies: Replies) -> Scores:
@@ -168,6 +170,8 @@ class ModelReward:
         else:
             row = read_again(template, asked, replies.texts[index], replies.finished[index])
         count, longest = len(row.prompt) + len(row.reply), self.model.positions
+        if not count:
+            raise DataError(f"{asked.row.where}: prompt and reply have no token together; expected at least one")
         if longest and count > longest:
             raise DataError(
                 f"{asked.row.where}: with a reply it takes {count} positions of the reward model {self.name}, which has "
@@ -176,7 +180,7 @@ class ModelReward:
         return row
 
 
-def require_finite(scores: Scores, asked: Sequence[PromptExample]) -> None:
+def require_finite_scores(scores: Scores, asked: Sequence[PromptExample]) -> None:
     """Raises CheckFailed where a score that there is is no finite number."""
     wrong = (scores.kept & ~scores.scores.isfinite()).nonzero().flatten().tolist()
     if wrong:
@@ -203,6 +207,13 @@ class CountReward:
 
     def __call__(self, replies: Replies) -> list[float]:
         return [float(sum(token in self.ids for token in tokens)) for tokens in replies.tokens]
+
+
+def require_counted(config: Scoring, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError where a token that is to be counted is none."""
+    for part in config.parts.values():
+        if kind_of(part.source) == "count":
+            CountReward(part.source.removeprefix("count:"), tokenizer)
 
 
 class TextReward:
@@ -248,6 +259,11 @@ class MinusAnswer:
         fields = [(prompt.row.fields["prompt"], text, prompt.row.where) for prompt, text in zip(asked, texts, strict=True)]
         tokens = [self.template.response(*of)[1] for of in fields]
         return Replies(asked, tokens, texts, [True] * len(asked), [prompt.ids for prompt in asked])
+
+
+def said(responses: Sequence[list[int]], finished: Sequence[bool]) -> list[list[int]]:
+    """Of each reply the tokens before its stop token: a model may name stop tokens that its tokenizer takes for text."""
+    return [tokens[:-1] if ended else tokens for tokens, ended in zip(responses, finished, strict=True)]
 
 
 def decode(responses: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:

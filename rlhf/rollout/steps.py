@@ -1,6 +1,7 @@
-"""What may change the logits of replies before a token is drawn: a penalty for repetition, a JSON Schema.
+"""What may change the logits of replies before a token is drawn: a penalty for repetition, a JSON Schema; or refuse them.
 
-Both are for the use of a policy. A policy in training is sampled as it is: its log-probabilities are of all tokens.
+All are for the use of a policy. A policy in training is sampled as it is: its log-probabilities are of all tokens, and what is
+not finite is for its run to judge (non_finite).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckFailed, ConfigError, DataError
 from rlhf.rollout.decoding import Reply
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -36,6 +37,25 @@ class RepetitionPenalty:
         # A token counts once, so a short row is filled up with one of its own.
         ids = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=logits.device)
         return self.processor(ids, logits)  # pyright: ignore[reportArgumentType]
+
+
+class RequireFinite:
+    """Changes nothing. Comes last: of logits that are no numbers something would be drawn all the same."""
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+
+    def __call__(self, replies: Sequence[Reply], logits: Tensor) -> Tensor:
+        """Raises CheckFailed where the likeliest token of a row has no finite logit, over the temperature; one of NaN is it."""
+        highest = logits.amax(-1).float() / (self.temperature or 1.0)
+        wrong = (~highest.isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            prompt, value = self.tokenizer.decode(replies[wrong[0]].prompt), float(highest[wrong[0]])
+            raise CheckFailed(
+                f"{self.model}: a logit after the prompt {str(prompt)[:60]!r} is {value}, expected finite numbers: its "
+                "weights are broken, or temperature or repetition_penalty is too near to 0"
+            )
+        return logits
 
 
 class Schema:

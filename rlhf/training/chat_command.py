@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from io import TextIOWrapper
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -20,14 +22,17 @@ from rlhf.report.console import Console
 from rlhf.rollout.decoding import Reply
 from rlhf.training.inference import Generated, load_actor
 
-HELP = "/reset begins anew, /system TEXT says who the model is and begins anew, /quit (or the end of input) ends"
+HELP = (
+    "/reset begins anew, /system TEXT says who the model is and begins anew, /quit (or the end of input) ends, "
+    "a message that begins with / is written with //"
+)
 
 
 def chat(invocation: Invocation[ChatConfig]) -> int:
     """Answers every line until the input ends.
 
     On a terminal a message that cannot be answered is told and left out, and Ctrl-C ends a reply; in a pipe each ends the
-    command.
+    command, as does a line that begins with / and is no command: else replies would no longer stand beside messages.
     """
     config, console, at_terminal = invocation.config, Console("chat", speak=True), sys.stdin.isatty()
     conversation = Conversation(config, console.note)
@@ -35,10 +40,16 @@ def chat(invocation: Invocation[ChatConfig]) -> int:
         word, _, rest = line.partition(" ")
         if word == "/quit":
             break
-        if word.startswith("/"):
-            conversation.told(word, rest.strip())
+        if word.startswith("//"):
+            line = line[1:]
+        elif word.startswith("/"):
+            if not conversation.told(word, rest.strip()):
+                if not at_terminal:
+                    raise DataError(f"standard input: {line[:60]!r} is no command, and was not answered; {HELP}")
+                console.note(f"{word}: no such command; {HELP}")
             continue
-        streamer = None if invocation.as_json else Streamer(conversation.policy.roles.tokenizer, skip_special_tokens=True)
+        roles = conversation.policy.roles
+        streamer = None if invocation.as_json else Streamer(roles.tokenizer, roles.stop_ids)
         try:
             reply = conversation.answer(line, streamer and streamer.told)
         except KeyboardInterrupt:
@@ -86,8 +97,8 @@ class Conversation:
         self.messages += [said[-1], {"role": "assistant", "content": reply.text}]
         return reply
 
-    def told(self, word: str, rest: str) -> None:
-        """A line that is no message."""
+    def told(self, word: str, rest: str) -> bool:
+        """A line that is no message; whether it is a command."""
         if word == "/reset" and not rest:
             self.messages = []
             self.note("begun anew")
@@ -97,7 +108,8 @@ class Conversation:
         elif word == "/system":
             self.note("there is no chat template to put a system message in")
         else:
-            self.note(f"{word}: no such command; {HELP}")
+            return False
+        return True
 
     def _opening(self) -> Messages:
         return [{"role": "system", "content": self.system}] if self.system is not None else []
@@ -106,8 +118,13 @@ class Conversation:
 class Streamer(TextStreamer):
     """Prints a reply word by word, without what a terminal would obey: control characters but line breaks and tabs."""
 
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.stop_ids = stop_ids
+
     def told(self, reply: Reply) -> None:
-        self.put(torch.tensor(reply.tokens[-1:]))
+        if reply.tokens[-1] not in self.stop_ids:  # which may be a word
+            self.put(torch.tensor(reply.tokens[-1:]))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(
@@ -124,6 +141,8 @@ def lines(at_terminal: bool) -> Iterator[str]:
     if at_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (input() then edits, and remembers, lines)
+    elif isinstance(sys.stdin, TextIOWrapper):  # in a C locale Python lets what is no UTF-8 pass, as surrogates
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     while True:
         try:
             line = input("> " if at_terminal else "")

@@ -27,5 +27,5 @@ def remarks(path: str, found: Examples[Any], what: str, earlier: Mapping[str, se
                 "figures on them say less of prompts never seen"
             )
     if held_out and len(found.items) < FEW:
-        said.append(f"warning: figures on {len(found.items)} held-out rows say little; a --data.eval of {FEW} or more says more")
+        said.append(f"warning: figures on {len(found.items)} held-out rows say little; hold out {FEW} or more")
     return said

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import Any
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckFailed, ConfigError, DataError
 from rlhf.rollout.services import BODY_LIMIT, TOKEN
 from rlhf.training.inference import load_reward
 
@@ -79,8 +79,10 @@ def open_server(
                 prompts, responses = request(self._body())
                 try:
                     found = scores(prompts, responses)
-                except DataError as error:  # what the template or the positions of the model do not take
+                except (ConfigError, DataError) as error:  # what the template or the positions of the model do not take
                     raise Refusal(HTTPStatus.BAD_REQUEST, str(error)) from None
+                except CheckFailed as error:  # a score that is no number
+                    raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from None
                 if bad := [index for index, score in enumerate(found) if not math.isfinite(score)]:
                     raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, f"the score of responses[{bad[0]}] is {found[bad[0]]}")
                 self._answer(HTTPStatus.OK, {"scores": found})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -12,13 +13,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckFailed, ConfigError, DataError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import Loading, load_actor, load_tokenizer
 from rlhf.rollout.decoding import Reply
 from rlhf.rollout.engines import NativeEngine, Samples
 from rlhf.rollout.sampling import Sampling
-from rlhf.rollout.steps import JsonSchema, RepetitionPenalty, Schema
+from rlhf.rollout.steps import JsonSchema, RepetitionPenalty, RequireFinite, Schema
 from rlhf.training.tiny import write_tiny_model
 
 PROMPTS = [[2, 3, 4], [5, 6], [7, 8, 9, 2, 3], [4], [2, 3, 4], [9, 9]]
@@ -30,6 +31,36 @@ def test_the_penalty_by_hand():
     logits = torch.tensor([[3.0, -1.0, 0.5, -4.0], [3.0, -1.0, 0.5, -4.0]])
     changed = RepetitionPenalty(2.0)(replies, logits.clone())
     assert changed.tolist() == [[1.5, -2.0, 0.5, -4.0], [3.0, -1.0, 0.25, -4.0]]
+
+
+def test_the_penalty_is_of_the_whole_prompt():
+    changed = RepetitionPenalty(2.0)([Reply([0, 1, 2], 0, [3])], torch.tensor([[2.0, 4.0, -6.0, 8.0, 10.0]]))
+    assert changed.tolist() == [[1.0, 2.0, -12.0, 4.0, 10.0]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
+def test_what_is_no_number_is_refused(tmp_path, temperature):
+    """A row of which some tokens are forbidden is none of these; the message has its prompt."""
+    write_tiny_model(tmp_path, seed=0)
+    step = RequireFinite("mine", load_tokenizer(str(tmp_path / "model")), temperature)
+    replies, fine = [Reply([2], 0), Reply([3, 4], 0)], torch.tensor([[0.0, 1.0], [-torch.inf, 2.0]])
+    assert step(replies, fine) is fine
+    for wrong in ([torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]):
+        with pytest.raises(CheckFailed, match=r"mine: a logit after the prompt 'b c' is (nan|inf|-inf)"):
+            step(replies, torch.tensor([[0.0, 1.0], wrong]))
+    with pytest.raises(CheckFailed, match="temperature or repetition_penalty is too near to 0"):
+        RequireFinite("mine", step.tokenizer, 1e-40)(replies, fine)
+
+
+def test_a_policy_in_training_is_sampled_all_the_same(tmp_path):
+    """Its KL is then NaN, too, and what becomes of that its run decides (tests/faults/test_non_finite.py)."""
+    write_tiny_model(tmp_path, seed=0)
+    model = load_actor(str(tmp_path / "model"), Loading())
+    next(model.parameters()).data.fill_(torch.nan)
+    found = greedy(model, 6)
+    assert all(math.isnan(logprob) for reply in found.logprobs for logprob in reply)
+    with pytest.raises(CheckFailed):
+        greedy(model, 6, RequireFinite("mine", load_tokenizer(str(tmp_path / "model")), 0))
 
 
 @pytest.mark.parametrize("slots", [2, 6])

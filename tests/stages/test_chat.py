@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,12 +60,47 @@ def test_a_conversation(chatty, talk):
 
 
 def test_commands(chatty, talk):
-    typed = "a b\nc\n/reset\nc\n/system e f\nc\n/system\nc\n/nothing\n/reset now\n/quit\nd\n"
-    code, out, err = talk(chatty, typed, "--temperature", 0, "--json", "--system", "g g")
+    typed = "a b\nc\n/reset\nc\n/system e f\nc\n/system\nc\n/quit\nd\n"
+    code, out, _ = talk(chatty, typed, "--temperature", 0, "--json", "--system", "g g")
     expected = said(chatty, "a b", "c", system="g g") + said(chatty, "c", system="g g")
     assert (code, answers(out)) == (0, expected + said(chatty, "c", system="e f") + said(chatty, "c"))
-    assert "/nothing: no such command; /reset begins anew" in err
     assert len(set(answers(out)[1:])) > 1
+
+
+@pytest.mark.parametrize("line", ["/nothing", "/reset now", "/etc/passwd is what?"])
+def test_a_line_that_is_no_command(chatty, talk, line):
+    """In a pipe it ends the command, so that replies stand beside messages; at a terminal it is told, and left out."""
+    code, out, err = talk(chatty, f"a b\n{line}\nc\n", "--temperature", 0, "--json")
+    assert (code, answers(out)) == (65, said(chatty, "a b"))
+    assert f"standard input: '{line}' is no command, and was not answered; /reset begins anew" in err
+    assert "a message that begins with / is written with //" in err
+    code, out, err = talk(chatty, f"a b\n{line}\nc\n", "--temperature", 0, "--json", at=Terminal)
+    assert (code, answers(out.replace("> ", ""))) == (0, said(chatty, "a b", "c"))
+    assert f"{line.split()[0]}: no such command; /reset begins anew" in err
+    code, out, _ = talk(chatty, f"a b\n/{line}\nc\n", "--temperature", 0, "--json")
+    assert (code, answers(out)) == (0, said(chatty, "a b", line, "c"))
+
+
+def test_a_stop_token_that_is_a_word_is_not_streamed(models, talk):
+    """`d` ends a reply of stops/, and is in none; of model/ it is a word like the others."""
+    typed = "a b\nc\nd e\nf g h\nh\n"
+    code, streamed, _ = talk(models / "stops", typed)
+    assert code == 0
+    assert streamed.split() == " ".join(answers(talk(models / "stops", typed, "--json")[1])).split()
+    assert "d" not in streamed.split()
+    assert "d" in talk(models / "model", typed)[1].split()
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_what_is_no_text_is_one_message(chatty, locale):
+    """In a real process: under these locales Python passes such bytes on."""
+    words = ["-m", "rlhf", "chat", str(chatty), "--max-new-tokens", "2"]
+    run = lambda typed: subprocess.run(  # noqa: E731
+        [sys.executable, *words], input=typed, capture_output=True, env=os.environ | {"LC_ALL": locale}
+    )
+    found = run(b"a\n\xff\xfe\n")
+    assert (found.returncode, b"Traceback" in found.stderr) == (65, False)
+    assert b"standard input: invalid UTF-8 byte 0xff" in found.stderr
 
 
 def test_replies_follow_from_the_seed(chatty, llamas, talk, tmp_path):
@@ -125,7 +163,7 @@ def test_a_reply_that_is_stopped(chatty, talk, monkeypatch):
 
 
 def test_nothing_that_a_terminal_would_obey(chatty, capsys):
-    streamer = chat_command.Streamer(None)  # pyright: ignore[reportArgumentType]
+    streamer = chat_command.Streamer(None, [])
     streamer.on_finalized_text("a\x1b[2J\tb\n\x07\x9bé")
     assert capsys.readouterr().out == "a[2J\tb\né"
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import main
 from rlhf.data.examples import RankedExample
+from rlhf.errors import CheckFailed
 from rlhf.training.evaluation.forgetting import judged
 from rlhf.training.evaluation.slices import slices
 
@@ -196,6 +197,16 @@ def test_rows_are_compared_with_themselves():
     assert "failed" in found
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_gate_does_not_pass_what_is_no_number(number, side):
+    sums = {"before": {"a:1": (1.0, 2.0), "a:2": (3.0, 2.0)}, "after": {"a:1": (1.0, 2.0), "a:2": (3.0, 2.0)}}
+    assert "failed" not in judged(sums["before"], sums["after"], True, "base", 0.5)
+    sums[side]["a:2"] = (number, 2.0)
+    with pytest.raises(CheckFailed, match=r"a:2: what is compared with the base base is not finite: "):
+        judged(sums["before"], sums["after"], True, "base", 0.5)
+
+
 def test_a_policy_beside_its_base(models, capsys):
     words = ("--data", models / "sft.jsonl", "--base")
     lost = evaluated(capsys, models / "worse", *words, models / "uniform", "--batch-size", 5)["forgetting"]
@@ -256,6 +267,11 @@ def test_a_reward_model_beside_its_base(models, llamas, capsys, reward):
         ("model --data sft.jsonl --max-forgetting -1 --base model", 78, "expected a number, at least 0"),
         ("model --data pairs.jsonl --reference model --base model", 78, "base and reference are both given"),
         ("model --data sft.jsonl --base model --precision both", 78, "precision `both` is for one model on held-out rows"),
+        ("model --data sft.jsonl --base short", 65, "positions, the base short has 8: lower data.max_length"),
+        ("model --data pairs.jsonl --reference short", 65, "positions, the reference short has 8: lower data.max_length"),
+        ("nan --data sft.jsonl --base model --max-forgetting 0.05", 1, "nan in fp32: 141 of the 141 numbers"),
+        ("model --data sft.jsonl --base nan --max-forgetting 0.05", 1, "nan: 141 of the 141 numbers that it gives these rows"),
+        ("model --data pairs.jsonl --reference nan", 1, "nan: 74 of the 74 numbers that it gives these rows are NaN"),
         ("model --data one.jsonl --base model", 65, "base model: 1 of the rows can be compared, expected two at least"),
         ("model --data sft.jsonl --temperature 0.5", 78, "temperature is of replies to prompts: give prompts"),
         ("model --data sft.jsonl --output sft.jsonl", 73, "sft.jsonl: is there already"),

@@ -19,8 +19,9 @@ from rlhf.checkpoints.sizes import Grid
 from rlhf.checkpoints.writing import write
 from rlhf.cli import main
 from rlhf.config.decoding import BatchDecoding
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import CheckFailed, ConfigError, DataError
 from rlhf.models.load import Loading, load_actor
+from rlhf.rollout.steps import Schema
 
 END = 1
 PROMPTS = ["a b c", "d", "h g f e d", "a b c"]
@@ -186,6 +187,58 @@ def test_bf16_is_autocast(llamas):
 def test_options_that_cannot_be(policy, options, message):
     with pytest.raises(ConfigError, match=message):
         policy.generate(["a"], **options)
+
+
+def test_options_of_loading_that_cannot_be(llamas, tmp_path, monkeypatch):
+    for options, message in (
+        ({"precision": "fp8"}, "precision: given 'fp8': Input should be 'fp32' or 'bf16'"),
+        ({"template": "caht"}, "template: given 'caht': Input should be 'auto', 'chat' or 'plain'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rlhf.load_actor(llamas / "model", **options)
+    with pytest.raises(ConfigError, match="template: given 'caht'"):
+        rlhf.load_reward(llamas / "critic", template="caht")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setenv("HOME", str(llamas))
+    assert rlhf.load_actor("~/model").generate(["a"], max_new_tokens=2)
+    assert rlhf.load_reward("~/critic").score(["a"], ["b"])
+
+
+def test_replies_that_cannot_be_scored(llamas, tmp_path):
+    reward = rlhf.load_reward(llamas / "critic")
+    for given, message in (
+        ({"batch_size": -1}, "batch_size: given -1: "),
+        ({"batch_size": 0}, "batch_size: given 0: "),
+        ({"replies": "cd"}, "replies: given one text, expected a list of replies"),
+        ({"prompts": "ab"}, "prompts: given one text, expected a list of prompts"),
+        ({"replies": ["c", None]}, r"replies\.1: given None: "),
+        ({"finished": [True, "perhaps"]}, r"finished\.1: given 'perhaps': "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            reward.score(**({"prompts": ["a", "b"], "replies": ["c", "d"]} | given))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match=r"prompts\[1\]: prompt and reply have no token together"):
+        reward.score(["a", ""], ["b", ""], finished=[True, False])
+    assert len(reward.score(("a", ""), ("b", ""), finished=(True, True))) == 2
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(llamas / "critic"), opened(llamas / "model")[1]
+    model.score.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckFailed, match=r"prompts\[0\]: .*nan scores its reply nan, expected a finite number"):
+        rlhf.load_reward(tmp_path / "nan").score(["a"], ["b"])
+
+
+@pytest.mark.parametrize("schema", [{"enum": [{1}]}, {"const": float("nan")}])
+def test_a_schema_that_is_no_json(policy, schema):
+    with pytest.raises(ConfigError, match="json_schema: cannot be written as JSON: "):
+        policy.generate(["a"], json_schema=schema)
+
+
+def test_what_llguidance_says_of_a_schema_is_a_warning(policy):
+    """As the command notes it; that this tokenizer cannot be steered comes after."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "string", "format": "no-such-format", "x-guidance": {"lenient": True}}
+    assert Schema(json.dumps(schema)).notes
+    with pytest.warns(UserWarning, match="json_schema: .*no-such-format"), pytest.raises(DataError, match="cannot read this"):
+        policy.generate(["a"], max_new_tokens=9, json_schema=schema)
 
 
 def test_prompts_that_cannot_be(policy):

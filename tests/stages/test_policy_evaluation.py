@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_evaluation import wilson
 from test_generate_eval import END, generated, own_scores
+from test_judge import LONGER, judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.cli import main
-from rlhf.config.commands import Judge
-from rlhf.errors import ConfigError, DataError, StorageError
+from rlhf.data.examples import PromptExample
+from rlhf.data.rows import Row
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.rewards import Scores
-from rlhf.training.evaluation.judge import Pair, verdicts
 from rlhf.training.evaluation.prompts import wins
 from rlhf.training.evaluation.replies import Answered
 
@@ -105,6 +104,45 @@ def test_the_kl_is_the_mean_log_ratio_of_replies(models, tmp_path, capsys, tempe
     assert itself["figures"]["model"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_reference_computes_in_the_same_precision(models, tmp_path, capsys, precision):
+    """From itself a policy is nowhere away; from one that computes otherwise it would be."""
+    data = (models / "model", "--prompts", models / "prompts.jsonl", *LENGTH, "--reference")
+    itself, _ = evaluated(capsys, tmp_path / "a.json", *data, models / "model", "--precision", precision)
+    assert itself["figures"]["model"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    other, in_fp32 = (
+        evaluated(capsys, tmp_path / "b.json", *data, models / "worse", "--precision", one)[0]["figures"]["model"]["kl"]
+        for one in (precision, "fp32")
+    )
+    assert other != in_fp32
+
+
+def test_the_replies_to_some_prompts_are_theirs_in_all_columns():
+    prompts = [PromptExample(index, [index], Row(f"a:{index}", {}, {})) for index in (4, 7, 9)]
+    samples = Samples([[4], [7], [9]], [[14], [17], [19]], [[0.4], [0.7], [0.9]], [True, False, True], 0)
+    own = Answered(prompts, samples, ["four", "seven", "nine"], None, torch.tensor([4.0, 7.0, 9.0]))  # type: ignore[arg-type]
+    found = own.only({9, 7, 8})
+    assert found.logprobs is not None
+    assert found.logprobs.tolist() == [7.0, 9.0]
+    assert (found.texts, found.samples.responses, found.samples.finished) == (["seven", "nine"], [[17], [19]], [False, True])
+    assert [prompt.index for prompt in found.prompts] == [7, 9]
+    assert own.only({4, 7, 9}) is own
+
+
+def test_a_stop_token_that_is_a_word_is_in_no_text(models, tmp_path, capsys):
+    """Replies, a function and a judge have what `rlhf generate` writes."""
+    (tmp_path / "mine.py").write_text("def told(responses):\n    return [float('d' in r.split()) for r in responses]\n")
+    data = (models / "stops", "--prompts", models / "prompts.jsonl", *LENGTH, "--reward", f"{tmp_path / 'mine.py'}:told")
+    found, replies = evaluated(capsys, tmp_path / "a.json", *data)
+    same = generated(tmp_path / "r.jsonl", models / "stops", "--data", models / "prompts.jsonl", *LENGTH)
+    capsys.readouterr()
+    assert [row["model"]["response"] for row in replies] == [row["response"] for row in same]
+    assert found["figures"]["model"]["reward"]["mean"] == 0
+    without, _ = evaluated(capsys, tmp_path / "b.json", models / "model", *data[1:])
+    assert without["figures"]["model"]["reward"]["mean"] > 0
+    assert found["figures"]["model"]["ended"]["mean"] > without["figures"]["model"]["ended"]["mean"]
+
+
 def test_the_win_rate_is_counted(models, tmp_path, capsys):
     data = ("--prompts", models / "prompts.jsonl", *LENGTH, "--reward", "count:a", "--against")
     found, replies = evaluated(capsys, tmp_path / "a.json", models / "model", *data, models / "uniform")
@@ -152,21 +190,6 @@ def test_wins_by_hand():
     assert (found["reward"]["ties"], found["reward"]["losses"]) == (1, 2)  # other replies: the rounding counts
 
 
-def judge(directory: Path, body: str) -> str:
-    """The command of a judge; `body` says what it answers to `row`."""
-    lines = [
-        "import json, sys",
-        "for line in sys.stdin:",
-        "    row = json.loads(line)",
-        *(f"    {line}" for line in body.split("\n")),
-    ]
-    (directory / "judge.py").write_text("\n".join(lines) + "\n")
-    return f"{sys.executable} '{directory / 'judge.py'}'"
-
-
-LONGER = "print('a' if len(row['a']) > len(row['b']) else 'b' if len(row['a']) < len(row['b']) else 'tie')"
-
-
 def test_a_judge_decides(models, tmp_path, capsys):
     data = (models / "model", "--prompts", models / "prompts.jsonl", *LENGTH, "--against", models / "worse")
     found, replies = evaluated(capsys, tmp_path / "a.json", *data, "--judge", judge(tmp_path, LONGER))
@@ -180,59 +203,20 @@ def test_a_judge_decides(models, tmp_path, capsys):
     assert wins["asked"] == sum(row["model"]["response"] != row["against"]["response"] for row in replies)
 
 
-def pairs() -> list[Pair]:
-    return [Pair("p", "long one", "short"), Pair([{"role": "user", "content": "q"}], "é", "longer"), Pair("r", "same", "same")]
-
-
-@pytest.mark.parametrize(
-    ("body", "outcomes", "agreed", "first"),
-    [
-        (LONGER, [1, 0, 0.5], 2, 0.5),
-        ("print('a')", [0.5, 0.5, 0.5], 0, 1.0),  # it likes what stands first
-        ("print('b')", [0.5, 0.5, 0.5], 0, 0.0),
-        ("print('tie')", [0.5, 0.5, 0.5], 2, 0.5),
-        ("print('a' if row['a'] == 'long one' else 'tie')", [0.5, 0.5, 0.5], 1, 1.0),  # one order a win, the other a tie
-        ("print('a' if 'é' in row['a'] else 'b' if 'é' in row['b'] else 'tie')", [0.5, 1, 0.5], 2, 0.5),
-        ("print('a' if isinstance(row['prompt'], str) else 'tie')", [0.5, 0.5, 0.5], 1, 1.0),
-    ],
-)
-def test_both_orders_must_agree(tmp_path, body, outcomes, agreed, first):
-    found = verdicts(Judge(command=judge(tmp_path, body)), pairs())
-    assert found == (outcomes, 2, agreed, first)
-
-
-def test_two_replies_that_are_the_same_are_not_asked_about(tmp_path):
-    found = verdicts(Judge(command=judge(tmp_path, "sys.exit(3)")), pairs()[2:])
-    assert found == ([0.5], 0, 0, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("body", "timeout_s", "error", "message"),
-    [
-        ("print('A')", 60, DataError, "line 1 of its answers is 'A', expected a, b, tie"),
-        ("print('a'); print('', end='')", 60, None, ""),
-        ("print('a'); print()", 60, DataError, "line 2 of its answers is ''"),
-        ("print('a'); print('b')", 60, DataError, "8 answers to 4 lines"),
-        ("pass", 60, DataError, "0 answers to 4 lines"),
-        ("sys.exit('no key')", 60, DataError, "ended with exit code 1: no key"),
-        ("import time; time.sleep(60)", 0.3, StorageError, "no answer to 4 lines within 0.3 s; raise judge.timeout_s"),
-        ("import os; os.fork() or __import__('time').sleep(60); sys.exit(0)", 0.3, StorageError, "within 0.3 s"),
-    ],
-)
-def test_a_judge_that_fails_is_told(tmp_path, body, timeout_s, error, message):
-    asked = Judge(command=judge(tmp_path, body), timeout_s=timeout_s)
-    if error is None:
-        assert verdicts(asked, pairs()).asked == 2
-        return
-    with pytest.raises(error) as caught:
-        verdicts(asked, pairs())
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("command", ["no-such-judge --all", "", "judge 'open"])
-def test_a_judge_that_is_none(command):
-    with pytest.raises(ConfigError, match=r"judge\.command: "):
-        verdicts(Judge(command=command), pairs())
+def test_what_was_sampled_is_there_if_the_judge_fails(models, tmp_path, capsys):
+    """And what was scored; a second answer replaces nothing."""
+    words = [models / "model", "--prompts", models / "prompts.jsonl", *LENGTH, "--against", models / "worse"]
+    words += ["--reward", "count:a", "--output", tmp_path / "a.json", "--judge", judge(tmp_path, "sys.exit('no key')")]
+    assert main(["eval", *map(str, words)]) == 65
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{tmp_path / 'a.json'}: has replies and scores; the judge is asked now" in printed.err
+    kept = json.loads((tmp_path / "a.json").read_text())
+    assert list(kept["wins"]) == ["reward"]
+    assert all({"response", "score"} <= row["against"].keys() for row in kept["replies"])
+    whole, replies = evaluated(capsys, tmp_path / "a.json", *words[:-4], "--judge", judge(tmp_path, LONGER))
+    assert list(whole["wins"]) == ["reward", "judge"]
+    assert [{k: v for k, v in row.items() if k != "judged"} for row in replies] == kept["replies"]
 
 
 def test_the_table_in_words(models, tmp_path, capsys):
@@ -245,7 +229,7 @@ def test_the_table_in_words(models, tmp_path, capsys):
     assert "a policy on 29 prompts of" in lines[0]
     assert lines[0].endswith("few prompts: says little")
     assert [line.split()[0] for line in lines[2:8]] == ["reward", "reward/long", "reward/a", "length", "ended", "kl"]
-    assert "replies have no score" in lines[8]
+    assert "replies have no score from one source or more: they are not in the mean `reward`" in lines[8]
     assert lines[9].startswith("by the reward its reply is better in 0.")
     assert lines[10].startswith("by the judge its reply is better in 0.")
 
@@ -273,10 +257,14 @@ def test_the_table_in_words(models, tmp_path, capsys):
             "prompts.jsonl:1: the score of its reply is nan",
         ),
         ("model --prompts prompts.jsonl --max-new-tokens 64", 65, "lower data.max_length or max_new_tokens"),
+        ("nan --prompts prompts.jsonl --max-new-tokens 5", 1, "nan: a logit after the prompt '"),
+        ("model --prompts prompts.jsonl --max-new-tokens 5 --reference nan", 1, "nan: 29 of the 29 numbers"),
+        ("model --prompts prompts.jsonl --max-new-tokens 5 --temperature 1e-40", 1, "temperature or repetition_penalty is too"),
+        ("model --prompts prompts.jsonl --reference model --precision both", 78, "rows, without prompts and reference: give"),
     ],
 )
 def test_a_mistake_is_one_message(models, tmp_path, monkeypatch, capsys, words, code, message):
-    for name in ("model", "worse", "other", "critic", "sft.jsonl", "prompts.jsonl"):
+    for name in ("model", "worse", "other", "nan", "critic", "sft.jsonl", "prompts.jsonl"):
         (tmp_path / name).symlink_to(models / name)
     (tmp_path / "mine.py").write_text("def nothing(responses):\n    return [float('nan')] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
@@ -286,6 +274,27 @@ def test_a_mistake_is_one_message(models, tmp_path, monkeypatch, capsys, words, 
     assert printed.out == ""
     assert printed.err.count("rlhf: error: ") == 1
     assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--reference short", "positions, the reference short has 8: lower data.max_length or max_new_tokens"),
+        ("--reference nowhere", "nowhere: no such model"),
+        ("--reward nowhere", "nowhere: no such model"),
+        ("--reward critic --against nowhere", "nowhere: no such model"),
+        ("--reward.sources.a.source critic --reward.sources.b.source nowhere", "nowhere: no such model"),
+        ("--reward count:zebra", "no single token of this tokenizer reads 'zebra'"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_sampled(models, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(models)
+    assert main(["eval", "model", "--prompts", "prompts.jsonl", "--max-new-tokens", "5", *words.split()]) == 65
+    said = capsys.readouterr().err
+    assert message in said
+    assert "replies to 29 prompts" not in said
+    assert main(["eval", "model", "--prompts", "prompts.jsonl", "--max-new-tokens", "5"]) == 0
+    assert "replies to 29 prompts" in capsys.readouterr().err
 
 
 def test_policies_with_other_tokenizers_are_compared_by_text(models, tmp_path, capsys):

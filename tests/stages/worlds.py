@@ -79,9 +79,13 @@ def reward(llamas, tmp_path_factory):
     return directory / "rm"
 
 
+STOP = 2 + WORDS.index("d")
+
+
 @pytest.fixture(scope="session")
 def models(llamas, tmp_path_factory) -> Path:
-    """model/, worse/ (the same, much too sure of itself), uniform/ (every token as likely), other/ (another tokenizer)."""
+    """model/, worse/ (the same, much too sure of itself), uniform/ (every token as likely), other/ (another tokenizer),
+    nan/ (one weight is none), short/ (eight positions), stops/ (a word, d, ends a reply, too)."""
     directory = tmp_path_factory.mktemp("models")
     for name, factor in (("model", 1.0), ("worse", 20.0), ("uniform", 0.0)):
         shutil.copytree(llamas / "model", directory / name)
@@ -95,6 +99,15 @@ def models(llamas, tmp_path_factory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(llamas / "model")
     model.resize_token_embeddings(16)
     model.save_pretrained(directory / "other")
+    for name in ("nan", "short", "stops"):
+        shutil.copytree(llamas / "model", directory / name)
+    model = AutoModelForCausalLM.from_pretrained(llamas / "model")
+    model.config.max_position_embeddings = 8
+    model.save_pretrained(directory / "short")
+    model = AutoModelForCausalLM.from_pretrained(llamas / "model")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(directory / "nan")
+    (directory / "stops" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, STOP], "pad_token_id": 0}))
     shutil.copytree(llamas / "critic", directory / "critic")
     for name in ("sft", "pairs", "prompts"):
         shutil.copy(llamas / f"{name}.jsonl", directory)

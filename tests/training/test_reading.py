@@ -25,7 +25,7 @@ def examples(count: int) -> Examples[int]:
 @pytest.mark.parametrize(("count", "held_out", "warned"), [(29, True, True), (30, True, False), (29, False, False)])
 def test_few_held_out_rows_are_warned_of(count, held_out, warned):
     said = remarks("eval.jsonl", examples(count), "pairs", {}, held_out)
-    few = [f"warning: figures on {count} held-out rows say little; a --data.eval of 30 or more says more"]
+    few = [f"warning: figures on {count} held-out rows say little; hold out 30 or more"]
     assert said == [f"eval.jsonl: {count} pairs", *(few if warned else [])]
 
 

@@ -18,7 +18,7 @@ from rlhf.models.roles import Roles
 from rlhf.report.console import Console
 from rlhf.training.evaluation.forgetting import beside_base
 from rlhf.training.evaluation.prompts import on_prompts
-from rlhf.training.evaluation.rows import Subject, file_of, implicit_rows, policy_rows, reward_model_rows
+from rlhf.training.evaluation.rows import Subject, file_of, implicit_rows, policy_rows, require_finite, reward_model_rows
 from rlhf.training.evaluation.tables import table
 from rlhf.training.output_file import require_new, write
 
@@ -27,10 +27,18 @@ def evaluate(invocation: Invocation[EvalConfig]) -> int:
     """Raises CheckFailed where more was lost than may be, after the result is told."""
     config, console = invocation.config, Console("eval", speak=True)
     output = require_new(config.output) if config.output else None
+
+    def save(result: dict[str, Any]) -> None:
+        if output is not None:
+            write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+    def before_judge(result: dict[str, Any]) -> None:
+        save(result)
+        console.note(f"{output}: has replies and scores; the judge is asked now" if output else "the judge is asked now")
+
     with closing(console):
-        result = on_prompts(config, console) if config.prompts else of_rows(config, console)
-    if output is not None:
-        write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        result = on_prompts(config, console, before_judge) if config.prompts else of_rows(config, console)
+    save(result)
     result.pop("replies", None)  # a file's worth of text
     print(json.dumps(result, indent=2) if invocation.as_json else "\n".join(table(result)))
     if refused := result.get("forgetting", {}).get("failed"):
@@ -65,7 +73,7 @@ def in_precisions(config: EvalConfig, console: Console, roles: Roles, subject: S
         with computing_in(precision, roles, subject.ids, config.batch_size) as in_fp8:
             if in_fp8:
                 console.note(in_fp8)
-            measured[precision.name] = subject.measure(roles)
+            measured[precision.name] = require_finite(subject.measure(roles), f"{config.model} in {precision.name}")
     return measured
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from rlhf.config.commands import EvalConfig
 from rlhf.data.templates import tokenizer_digests
-from rlhf.errors import DataError
+from rlhf.errors import CheckFailed, DataError
 from rlhf.functional.intervals import bootstrap_interval
 from rlhf.models.load import is_scalar, load_tokenizer
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.roles import open_policy
 from rlhf.report.console import Console
-from rlhf.training.evaluation.rows import POLICY, Subject, Totals
+from rlhf.training.evaluation.rows import POLICY, Subject, Totals, require_finite
 
 Measure = Callable[[EvalConfig, Console], tuple[Subject, dict[str, Tensor]]]
 
@@ -34,7 +34,8 @@ def beside_base(config: EvalConfig, console: Console, subject: Subject, numbers:
         measure: evaluates another model; of a reward model, which reads the rows with its own tokenizer.
 
     Raises:
-        DataError: the base is of another kind or has another tokenizer, or fewer than two rows can be compared.
+        DataError: the base is of another kind, has another tokenizer or too few positions, or fewer than two rows are compared.
+        CheckFailed: what the base gives the rows are no finite numbers.
     """
     base = config.base
     assert base is not None
@@ -43,9 +44,10 @@ def beside_base(config: EvalConfig, console: Console, subject: Subject, numbers:
     if subject.kind == POLICY:
         _require_same_vocabulary(config, base)
         roles = open_policy(base, config.trust_remote_code)
+        roles.check_context(max(map(len, subject.ids)), "data.max_length", f"the base {base}")
         (precision,) = precisions(config)
         with computing_in(precision, roles, subject.ids, config.batch_size):
-            before = subject.totals(subject.measure(roles))
+            before = subject.totals(require_finite(subject.measure(roles), base))
     else:
         of_base, measured = measure(config.model_copy(update={"model": base}), console)
         before = of_base.totals(*measured.values())
@@ -53,8 +55,17 @@ def beside_base(config: EvalConfig, console: Console, subject: Subject, numbers:
 
 
 def judged(before: Totals, after: Totals, is_policy: bool, base: str, limit: float | None) -> dict[str, Any]:
-    """Of a policy what is lost is loss that was gained, of a reward model accuracy that is gone; rows of both only."""
+    """Of a policy what is lost is loss that was gained, of a reward model accuracy that is gone; rows of both only.
+
+    Raises:
+        DataError: fewer than two rows can be compared.
+        CheckFailed: a number of a row is not finite; it would be neither above a limit nor below.
+    """
     both = [row for row in after if row in before]
+    for row in both:
+        if not all(map(math.isfinite, (*before[row], *after[row]))):
+            sides = f"{before[row][0]} before, {after[row][0]} after"
+            raise CheckFailed(f"{row}: what is compared with the base {base} is not finite: {sides}; one of them is broken")
     sums = torch.tensor([(*before[row], *after[row]) for row in both], dtype=torch.float64).reshape(-1, 4)
     total_before, count, total_after, _ = sums.T
     lost = (total_after - total_before) * (1.0 if is_policy else -1.0)
@@ -89,7 +100,7 @@ def _verdict(found: dict[str, Any], limit: float | None) -> dict[str, Any]:
             f"{found['base']} on these rows; train shorter, at a lower rate or nearer to the base, or allow more "
             "(rlhf explain eval/lost)",
         }
-    if high > limit:
+    if not high <= limit:
         return {
             "max_forgetting": limit,
             "verdict": f"not refused, but the interval reaches beyond {limit:g}: more rows would tell",

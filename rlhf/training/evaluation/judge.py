@@ -12,8 +12,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NamedTuple
 
 from rlhf.config.commands import Judge
@@ -70,6 +71,28 @@ def verdicts(judge: Judge, pairs: Sequence[Pair]) -> Verdicts:
     return Verdicts(outcomes, len(differ), agreed, decided.count("a") / len(decided) if decided else 0.5)
 
 
+@contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """What ends this process, too, ends the judge, which is of another group and would go on."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        _end(process)
+        signal.signal(number, before[signal.Signals(number)])
+        signal.raise_signal(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def ask(words: Sequence[str], lines: Sequence[dict[str, Any]], timeout_s: float) -> list[str]:
     """The answers to all lines, in their order.
 
@@ -84,12 +107,11 @@ def ask(words: Sequence[str], lines: Sequence[dict[str, Any]], timeout_s: float)
         process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except OSError as error:
         raise ConfigError(f"judge.command: {words[0]} cannot be run: {error.strerror}") from None
-    with process:
+    with process, _ended_with_us(process):
         try:
             out, err = process.communicate(text.encode(), timeout_s)
-        except BaseException as error:  # its time is up, or a signal wants us to stop
-            with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
-                os.killpg(process.pid, signal.SIGKILL)
+        except BaseException as error:  # its time is up, or Ctrl-C wants us to stop
+            _end(process)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             late = f"no answer to {len(lines)} lines within {timeout_s:g} s; raise judge.timeout_s, or give fewer prompts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rlhf.config.commands import EvalConfig
 from rlhf.errors import DataError
 from rlhf.functional.intervals import bootstrap_interval
 from rlhf.functional.preference import accuracy, wilson_interval
+from rlhf.models.source import resolve
 from rlhf.report.console import Console
 from rlhf.rollout.engines import Samples
 from rlhf.rollout.readers import open_readers_of
@@ -26,8 +28,11 @@ Figure = dict[str, float | None]
 """mean, low and high: the ends of its 95% interval, None where there are too few replies for one."""
 
 
-def on_prompts(config: EvalConfig, console: Console) -> dict[str, Any]:
+def on_prompts(config: EvalConfig, console: Console, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Figures by policy, `wins` by who says so, and `replies`, a row for each prompt.
+
+    Args:
+        save: is given the same without the judge's verdicts, before the judge is asked: it may fail.
 
     Raises:
         DataError, CheckFailed: as of the models, functions and files it opens, and of what they give.
@@ -36,10 +41,14 @@ def on_prompts(config: EvalConfig, console: Console) -> dict[str, Any]:
     rewarded = bool(config.reward.model_fields_set)
     say(console, reward_gate(config.reward) if rewarded else [])
     readers = open_readers_of(config.reward, [file_of(config)], config.data.max_line_bytes) if rewarded else {}
+    # All mistakes are told before anything is sampled.
     if config.judge.command is not None:
         command_of(config.judge)
+    for spec in (config.model, config.against, config.reference, *(config.reward.models.values() if rewarded else ())):
+        if spec is not None:
+            resolve(spec)
     if config.reference:
-        require_reference(config)  # as all mistakes: before anything is sampled
+        require_reference(config)
 
     answers = {OWN: answered(config, config.model, readers, console, config.reference is not None)}
     if config.against:
@@ -52,8 +61,7 @@ def on_prompts(config: EvalConfig, console: Console) -> dict[str, Any]:
     scores = dict(zip(answers, scored(config, readers, answers.values(), console), strict=True)) if rewarded else {}
     for who, found in scores.items():
         figures[who] = of_scores(found) | figures[who]
-    judged = verdicts(config.judge, _pairs(answers)) if config.judge.command is not None else None
-    return {
+    found = {
         "model": config.model,
         "kind": POLICY,
         "data": file_of(config),
@@ -63,9 +71,14 @@ def on_prompts(config: EvalConfig, console: Console) -> dict[str, Any]:
         "seed": config.seed,
         "without_score": sum(int((~found.kept).sum()) for found in scores.values()),
         "figures": figures,
-        "wins": wins(answers, scores, judged),
-        "replies": _rows(answers, scores, apart, judged),
+        "wins": wins(answers, scores, None),
+        "replies": _rows(answers, scores, apart, None),
     }
+    if config.judge.command is None:
+        return found
+    save(found)
+    judged = verdicts(config.judge, _pairs(answers))
+    return found | {"wins": wins(answers, scores, judged), "replies": _rows(answers, scores, apart, judged)}
 
 
 def of_replies(samples: Samples) -> dict[str, Figure]:

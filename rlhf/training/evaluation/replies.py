@@ -7,29 +7,27 @@ prompts and the same random numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from rlhf.config.commands import EvalConfig
 from rlhf.config.rewards import Scoring
-from rlhf.data.collate import reply_row, token_batch
+from rlhf.data.collate import reply_row
 from rlhf.data.examples import PromptExample, prompt_examples
-from rlhf.data.order import chunks, row_seeds
+from rlhf.data.order import chunks
 from rlhf.data.templates import Template
-from rlhf.models.load import load_tokenizer
+from rlhf.models.load import configured_positions, load_tokenizer
 from rlhf.models.precision import computing_in, precisions
-from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions
+from rlhf.models.roles import RewardModel, Roles, open_policy, open_reward_model, positions, require_positions
 from rlhf.models.tokenizers import other_part, own_template, require_same_tokenizer
 from rlhf.report.console import Console, Count
-from rlhf.rollout.engines import NativeEngine, Samples
+from rlhf.rollout.engines import Samples
 from rlhf.rollout.readers import AT_ONCE, Reader, columns_asked, require_answers
-from rlhf.rollout.rewards import Scores, decode, open_reward, require_finite
+from rlhf.rollout.rewards import Scores, open_reward, require_counted, require_finite_scores
 from rlhf.rollout.sampling import Sampling
-from rlhf.training.evaluation.rows import file_of, say
-from rlhf.training.inference import counting
+from rlhf.training.evaluation.rows import file_of, reply_logprobs, require_finite, say
+from rlhf.training.inference import counting, load_actor
 
 
 @dataclass(frozen=True)
@@ -55,33 +53,48 @@ class Answered:
 
 
 def answered(
-    config: EvalConfig, spec: str, readers: Mapping[str, Reader], console: Console, with_logprobs: bool = False
+    config: EvalConfig, spec: str, readers: Mapping[str, Reader], console: Console, referenced: bool = False
 ) -> Answered:
-    """What a policy replies; `readers` ask for columns of the prompts."""
-    roles = open_policy(spec, config.trust_remote_code)
-    template = Template(roles.tokenizer, config.data.template, roles.stop_ids)
+    """What a policy replies; `readers` ask for columns of the prompts.
+
+    Args:
+        referenced: its KL from config.reference will be asked for.
+    """
+    policy = load_actor(spec, template=config.data.template, trust_remote_code=config.trust_remote_code)
+    roles = policy.roles
     data = config.data if "extra_columns" in config.data.model_fields_set else config.data.model_copy(update=KEEP)
     columns = columns_asked(config.reward, readers.values()) if config.reward.model_fields_set else {}
-    found = prompt_examples(file_of(config), data, template, columns)
+    found = prompt_examples(file_of(config), data, policy.template, columns)
     say(console, found.notes)
     prompts = found.items
     require_answers(readers.values(), prompts)
-    roles.check_context(max(map(len, prompts)) + config.max_new_tokens, "data.max_length or max_new_tokens")
+    if config.reward.model_fields_set:
+        require_counted(config.reward, roles.tokenizer)
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    roles.check_context(longest, LOWER)
+    if referenced and config.reference:
+        there = configured_positions(config.reference, config.trust_remote_code)
+        require_positions(there, longest, LOWER, f"the reference {config.reference}")
     console.note(f"{spec}: replies to {len(prompts)} prompts")
-    ids, seeds = [prompt.ids for prompt in prompts], row_seeds(config.seed, [prompt.index for prompt in prompts])
-    told = counting(console, len(prompts), roles, config.max_new_tokens)
-    engine = NativeEngine(nullcontext, roles.stop_ids, roles.pad_id, config.batch_size, console.note, told=told)
-    engine.sync(roles.policy, version=0)
     (precision,) = precisions(config)
-    with computing_in(precision, roles, ids, config.batch_size) as in_fp8:
-        say(console, [in_fp8] if in_fp8 else [])
-        samples = engine.generate(ids, Sampling(config.max_new_tokens, config.temperature), seeds)
-        logprobs = _logprobs(config, roles, samples, console) if with_logprobs else None
-    return Answered(prompts, samples, decode(samples.responses, roles.tokenizer), template, logprobs)
+    samples, texts = policy.draw(
+        [prompt.ids for prompt in prompts],
+        [prompt.index for prompt in prompts],
+        config.seed,
+        Sampling(config.max_new_tokens, config.temperature),
+        precision,
+        config.batch_size,
+        note=console.note,
+        told=counting(console, len(prompts), roles, config.max_new_tokens),
+    )
+    logprobs = _logprobs(config, spec, roles, samples, console) if referenced else None
+    return Answered(prompts, samples, texts, policy.template, logprobs)
 
 
 KEEP = {"extra_columns": "ignore"}
 """As `rlhf generate` has it: prompts may come with answers."""
+
+LOWER = "data.max_length or max_new_tokens"
 
 
 def require_reference(config: EvalConfig) -> None:
@@ -96,20 +109,17 @@ def kl(config: EvalConfig, own: Answered, console: Console) -> Tensor:
     assert config.reference is not None
     assert own.logprobs is not None
     roles = open_policy(config.reference, config.trust_remote_code)
+    lengths = (len(prompt) + len(reply) for prompt, reply in zip(own.samples.prompts, own.samples.responses, strict=True))
+    roles.check_context(max(lengths), LOWER, f"the reference {config.reference}")  # of an adapter not known before
+    return own.logprobs - _logprobs(config, config.reference, roles, own.samples, console)
+
+
+def _logprobs(config: EvalConfig, spec: str, roles: Roles, samples: Samples, console: Console) -> Tensor:
+    rows = [[reply_row(prompt, reply)] for prompt, reply in zip(samples.prompts, samples.responses, strict=True)]
     (precision,) = precisions(config)
-    with computing_in(precision, roles, own.samples.prompts, config.batch_size):
-        return own.logprobs - _logprobs(config, roles, own.samples, console)
-
-
-def _logprobs(config: EvalConfig, roles: Roles, samples: Samples, console: Console) -> Tensor:
-    rows = [reply_row(prompt, reply) for prompt, reply in zip(samples.prompts, samples.responses, strict=True)]
-    found = []
-    tokens = lambda part: sum(len(row.prompt) + len(row.reply) for row in part)  # noqa: E731
-    for part in console.counted(chunks(rows, config.batch_size), len(rows), "replies", tokens):
-        batch = token_batch(part).to(roles.device)
-        of_tokens = roles.policy(batch, roles=("actor",), temperature=config.temperature).logprobs.double().cpu()
-        found += [of_reply.sum() for of_reply in of_tokens.split([len(row.reply) for row in part])]
-    return torch.stack(found)
+    with computing_in(precision, roles, samples.prompts, config.batch_size):
+        found = reply_logprobs(roles, rows, config.batch_size, console, "replies", config.temperature)
+    return require_finite(found, spec)
 
 
 def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[Answered], console: Console) -> list[Scores]:
@@ -123,14 +133,14 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
     for own in answers:
         models = {name: _reading(config.reward.models[name], roles, own, console) for name, roles in opened.items()}
         count = counted_scores(config.reward, models, len(own.prompts), console)
-        advice = "lower data.max_length or max_new_tokens"
-        reward = open_reward(config.reward, readers, models, own.template, config.batch_size, told=count.add, advice=advice)
+        how = {"told": count.add, "advice": f"lower {LOWER}"}
+        reward = open_reward(config.reward, readers, models, own.template, config.batch_size, **how)
         parts = []
         for rows in chunks(range(len(own.prompts)), AT_ONCE):  # a call of a function or a service has a deadline
             parts.append(reward(own.samples.rows(rows), [own.prompts[row] for row in rows]))
             count.add(0 if models else len(rows))
         scores = Scores.joined(parts)
-        require_finite(scores, own.prompts)
+        require_finite_scores(scores, own.prompts)
         found.append(replace(scores, scores=config.reward.weight * scores.scores.double()))
     return found
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rlhf.config.commands import EvalConfig
-from rlhf.data.collate import comparisons, reply_row, sft_batch, token_batch
+from rlhf.data.collate import Row, comparisons, reply_row, sft_batch, token_batch
 from rlhf.data.examples import RankedExample, SftExample, ranked_examples, sft_examples
 from rlhf.data.order import chunks
 from rlhf.data.templates import Template
-from rlhf.errors import ConfigError
+from rlhf.errors import CheckFailed, ConfigError
+from rlhf.functional.logprobs import reply_sums
 from rlhf.functional.preference import accuracy
 from rlhf.models.precision import computing_in, precisions
 from rlhf.models.roles import Roles, open_policy, open_reward_model
@@ -129,28 +130,42 @@ def implicit_rows(config: EvalConfig, console: Console) -> tuple[Roles, Subject]
     require_same_tokenizer(config.model, roles.tokenizer, "reference", config.reference, config.trust_remote_code)
     reference = open_policy(config.reference, config.trust_remote_code)
     (precision,) = precisions(config)
-    ids = [example.prompt + reply for example in examples for reply in example.replies]
+    groups = [[reply_row(example.prompt, reply) for reply in example.replies] for example in examples]
+    ids = [row.prompt + row.reply for group in groups for row in group]
+    reference.check_context(max(map(len, ids)), "data.max_length", f"the reference {config.reference}")
     with computing_in(precision, reference, ids, config.batch_size):
-        of_reference = reply_logprobs(reference, examples, config.batch_size, console)
+        of_reference = require_finite(reply_logprobs(reference, groups, config.batch_size, console, "rows"), config.reference)
     del reference
 
     def measure(roles: Roles) -> Tensor:
-        first = examples[:ALONE]
-        alone = reply_logprobs(roles, first, 1, console)
-        own = torch.cat([reply_logprobs(roles, examples, config.batch_size, console), alone])
+        alone = reply_logprobs(roles, groups[:ALONE], 1, console, "rows")
+        own = torch.cat([reply_logprobs(roles, groups, config.batch_size, console, "rows"), alone])
         return config.beta * (own - torch.cat([of_reference, of_reference[: len(alone)]]))
 
     return roles, _of_pairs(config, IMPLICIT, examples, measure)
 
 
-def reply_logprobs(roles: Roles, examples: Sequence[RankedExample], batch_size: int, console: Console) -> Tensor:
-    """(R,) in float64: log p of whole replies, example by example."""
+def reply_logprobs(
+    roles: Roles, groups: Sequence[Sequence[Row]], batch_size: int, console: Console, what: str, temperature: float = 1.0
+) -> Tensor:
+    """(R,) in float64: log p of whole replies; `groups` are replies to one prompt each, of which so many share a pass."""
+    tokens = lambda part: sum(len(group[0].prompt) + sum(len(row.reply) for row in group) for group in part)  # noqa: E731
     found = []
-    for part in console.counted(chunks(examples, batch_size), len(examples), "rows", tokens_of):
-        rows = [reply_row(example.prompt, reply) for example in part for reply in example.replies]
-        of_tokens = roles.policy(token_batch(rows).to(roles.device), roles=("actor",)).logprobs.double().cpu()
-        found += [of_reply.sum() for of_reply in of_tokens.split([len(row.reply) for row in rows])]
-    return torch.stack(found)
+    for part in console.counted(chunks(groups, batch_size), len(groups), what, tokens):
+        rows = [row for group in part for row in group]
+        of_tokens = roles.policy(token_batch(rows).to(roles.device), roles=("actor",), temperature=temperature).logprobs
+        found.append(reply_sums(of_tokens.double().cpu(), [len(row.reply) for row in rows]))
+    return torch.cat(found)
+
+
+def require_finite(numbers: Tensor, spec: str) -> Tensor:
+    """The numbers; raises CheckFailed where the model gave one that is none."""
+    if wrong := int((~numbers.isfinite()).sum()):
+        raise CheckFailed(
+            f"{spec}: {wrong} of the {len(numbers)} numbers that it gives these rows are NaN or infinite: its weights are "
+            "broken, or too large for the precision"
+        )
+    return numbers
 
 
 def read_pairs(config: EvalConfig, roles: Roles, whose: str, console: Console) -> list[RankedExample]:

@@ -27,7 +27,9 @@ def _of_prompts(result: dict[str, Any]) -> Iterable[str]:
         cells = (_interval(column[name]) if name in column else "" for column in columns.values())
         yield f"{name:20}" + "".join(f"{cell:>32}" for cell in cells)
     if result["without_score"]:
-        yield f"{result['without_score']} replies have no score: they are in no mean of rewards, and not compared by it"
+        several = any(name.startswith("reward/") for name in names)
+        means = " from one source or more: they are not in the mean `reward`" if several else ": they are in no mean of rewards"
+        yield f"{result['without_score']} replies have no score{means}, and not compared by it"
     for who, row in result["wins"].items():
         interval = "{win_rate:.3f} (95%: {win_rate_low:.3f} to {win_rate_high:.3f})".format(**row)
         counts = "{wins} wins, {ties} ties, {losses} losses".format(**row)
