@@ -78,7 +78,7 @@ def test_a_pipeline_makes_its_own(capfd: pytest.CaptureFixture[str]) -> None:
         ("sft", "data.train", "", ": the file is empty; expected at least one row\n"),
         ("sft", "data.eval", "\n", ": the file is empty; expected at least one row\n"),
         ("rm", "data.train", '{"prompt": "a", "completion": "b"}\n', ":1: "),
-        ("sft", "data.train", '{"question": "a", "completion": "b"}\n', ":1: unknown column 'question'; expected messages"),
+        ("sft", "data.train", '{"question": "a", "completion": "b"}\n', ":1: unknown column 'question', and prompt is missing"),
         ("ppo", "data.train", '{"question": "a"}\n', "is it one of them? --data.columns.prompt question\n"),
         ("ppo", "data.eval", "[1]\n", ":1: expected an object, found a list"),
         ("sft", "data.train", '{"prompt": "a", "completion": "b"', ":1: truncated last line"),

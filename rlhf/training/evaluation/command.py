@@ -28,17 +28,17 @@ def evaluate(invocation: Invocation[EvalConfig]) -> int:
     config, console = invocation.config, Console("eval", speak=True)
     output = require_new(config.output) if config.output else None
 
-    def save(result: dict[str, Any]) -> None:
+    def save(result: dict[str, Any], again: bool) -> None:
         if output is not None:
-            write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            write(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n", again)
 
     def before_judge(result: dict[str, Any]) -> None:
-        save(result)
+        save(result, again=False)
         console.note(f"{output}: has replies and scores; the judge is asked now" if output else "the judge is asked now")
 
     with closing(console):
         result = on_prompts(config, console, before_judge) if config.prompts else of_rows(config, console)
-    save(result)
+    save(result, again=config.judge.command is not None)
     result.pop("replies", None)  # a file's worth of text
     print(json.dumps(result, indent=2) if invocation.as_json else "\n".join(table(result)))
     if refused := result.get("forgetting", {}).get("failed"):
