@@ -52,6 +52,17 @@ def test_a_signal_ends_the_judge_too(tmp_path, number):
     assert not state
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As under nohup: the judge goes on, and answers."""
+    command = judge(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGHUP); print('a')")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert verdicts(Judge(command=command), pairs()[:1]).asked == 1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def running(pid: int) -> bool:
     """A zombie that nobody has asked about is none."""
     said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()

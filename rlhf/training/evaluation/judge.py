@@ -80,7 +80,8 @@ def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
         signal.signal(number, before[signal.Signals(number)])
         signal.raise_signal(number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # by nohup
+    before = {number: signal.signal(number, end) for number in ending}
     try:
         yield
     finally:
