@@ -176,7 +176,7 @@ class ModelReward:
         return row
 
 
-def require_finite(scores: Scores, asked: Sequence[PromptExample]) -> None:
+def require_finite_scores(scores: Scores, asked: Sequence[PromptExample]) -> None:
     """Raises CheckFailed where a score that there is is no finite number."""
     wrong = (scores.kept & ~scores.scores.isfinite()).nonzero().flatten().tolist()
     if wrong:

@@ -24,7 +24,7 @@ from rlhf.functional.preference import accuracy, wilson_interval
 from rlhf.models.roles import RewardModel, open_text_reward
 from rlhf.report.console import Console
 from rlhf.rollout.readers import AT_ONCE, columns_asked, open_readers_of, require_answers
-from rlhf.rollout.rewards import CombinedReward, Replies, open_reward, read_again, require_finite
+from rlhf.rollout.rewards import CombinedReward, Replies, open_reward, read_again, require_finite_scores
 from rlhf.runs.gate import reward_gate
 from rlhf.training.evaluation.replies import counted_scores
 from rlhf.training.output_file import require_free, require_new, write
@@ -214,7 +214,7 @@ def _scores(
     asked, texts, finished = [reply.asked for reply in part], [reply.text for reply in part], [reply.finished for reply in part]
     scores = reward.of(Replies(asked, none, texts, finished, none))
     scores = replace(scores, scores=weight * scores.scores.double())
-    require_finite(scores, asked)
+    require_finite_scores(scores, asked)
     found = []
     for at in range(len(part)):
         values = {name: float(column[at]) for name, column in scores.components.items()}

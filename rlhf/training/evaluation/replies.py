@@ -26,7 +26,7 @@ from rlhf.models.tokenizers import other_part, own_template, require_same_tokeni
 from rlhf.report.console import Console, Count
 from rlhf.rollout.engines import NativeEngine, Samples
 from rlhf.rollout.readers import AT_ONCE, Reader, columns_asked, require_answers
-from rlhf.rollout.rewards import Scores, decode, open_reward, require_finite
+from rlhf.rollout.rewards import Scores, decode, open_reward, require_finite_scores
 from rlhf.rollout.sampling import Sampling
 from rlhf.training.evaluation.rows import file_of, say
 from rlhf.training.inference import counting
@@ -130,7 +130,7 @@ def scored(config: EvalConfig, readers: Mapping[str, Reader], answers: Iterable[
             for rows in chunks(range(len(own.prompts)), AT_ONCE)
         ]
         scores = Scores.joined(parts)
-        require_finite(scores, own.prompts)
+        require_finite_scores(scores, own.prompts)
         found.append(replace(scores, scores=config.reward.weight * scores.scores.double()))
     return found
 
