@@ -36,8 +36,10 @@ def require_free(row: Row, columns: Collection[str], names: Iterable[str]) -> No
             raise DataError(f"{row.where}: has a column {name!r}, which is the name of one that is written; rename it")
 
 
-def write(file: Path, text: str, again: bool = False) -> None:
-    """In one step; `again` takes the place of what was written before.
+def write(file: Path, text: str, over: bool = False) -> None:
+    """
+    Args:
+        over: the file is one that this command has written before.
 
     Raises:
         OutputError: the file is there by now; the text is then beside it, under a name that is told.
@@ -46,7 +48,7 @@ def write(file: Path, text: str, again: bool = False) -> None:
     partial = file.with_name(f".rlhf-{os.getpid()}")  # the longest name that a file may have leaves no room for more
     try:
         partial.write_text(text, encoding="utf-8")
-        file.touch(exist_ok=again)
+        file.touch(exist_ok=over)
         partial.replace(file)
     except FileExistsError:
         raise OutputError(f"{file}: has been made by something else meanwhile; the result is in {partial}") from None

@@ -92,6 +92,7 @@ def measured(stage: str, small: list[str], arguments: list[str], told: Path, log
     def body() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
         stage_module(stage).main(parse(stage, small))
+        ctypes.CDLL(None).malloc_trim(0)  # what tests before this one have left free would hide as much of what is asked for
         base, report = status_of_process("VmRSS"), Training.report
 
         def reported(*words):

@@ -40,6 +40,8 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     assert (kept.read_text(), str(error.value).split()[-1]) == ("ours", str(kept))
     with pytest.raises(OutputError, match="is there already"):
         require_new(file)
+    write(file, "ours, once more", over=True)
+    assert file.read_text() == "ours, once more"
 
 
 def test_a_link_to_nothing_is_there_too(tmp_path: Path) -> None:
