@@ -120,8 +120,8 @@ class Scoring(RewardSource):
         if not self.needed and not self.model_fields_set:
             return self
         if (self.source is None) == (not self.sources):
-            given = "both are given" if self.sources else "neither is given"
-            raise ValueError(f"source is for one reward, sources for several, and {given}: give one of them")
+            given = "both are given: keep one" if self.sources else "neither is given: give --reward SOURCE, or a section"
+            raise ValueError(f"source is for one reward, sources for several, and {given}")
         for name in ("answer", "minus_answer") if self.sources else ("combine",):
             if getattr(self, name) != type(self).model_fields[name].default:
                 one = "of each source: give it in `sources`" if self.sources else "for several: give them in `sources`"

@@ -8,6 +8,7 @@ stage that would produce one is refused unless it merges too.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ from rlhf.digest import tree_digest
 from rlhf.errors import DataError
 from rlhf.models.heads import HEAD, add_bias, scalar_head
 from rlhf.models.source import Source
+
+# PEFT asks by the name that transformers 5.23 gave up; each run would say so
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 BASE = "base.json"
 

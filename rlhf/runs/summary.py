@@ -15,6 +15,10 @@ ACCURATE = {"rm": "reward_model", "dpo": "dpo", "kto": "kto"}
 """Stages that are measured by how often they are right about held-out rows, and what they are called in a summary."""
 
 
+ASIDE = ("kl", "score_standard_error")
+"""What the table has a row of its own for, or is for the report."""
+
+
 def summary(output: Path) -> dict[str, Any]:
     """The figures of a pipeline's output directory; parts of stages it does not have are left out or empty.
 
@@ -69,7 +73,7 @@ def show(figures: dict[str, Any], stream: IO[str]) -> None:
     table.add_column(figures.get("policy", "ppo").upper(), justify="right")
     before, after = figures.get("before", {}), figures.get("after", {})
     for name in before | after:
-        if name != "kl":
+        if name not in ASIDE:
             table.add_row(name, _number(name, before.get(name)), _number(name, after.get(name)))
     if figures.get("kl") is not None:
         table.add_row("KL from SFT, nats per reply", "", f"{figures['kl']:.2f}")

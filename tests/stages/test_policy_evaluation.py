@@ -244,7 +244,7 @@ def test_the_table_in_words(models, tmp_path, capsys):
         ("model --prompts prompts.jsonl --judge cat", 78, "judge compares replies of two policies: give against"),
         ("model --prompts prompts.jsonl --against worse --judge no-such-judge", 78, "there is no command 'no-such-judge'"),
         ("model --prompts prompts.jsonl --against worse --judge.timeout_s 3", 78, "timeout_s has no meaning without a command"),
-        ("model --prompts prompts.jsonl --reward.timeout_s 3", 78, "neither is given: give one of them"),
+        ("model --prompts prompts.jsonl --reward.timeout_s 3", 78, "neither is given: give --reward SOURCE"),
         ("model --prompts prompts.jsonl --base worse", 78, "base is compared on held-out rows"),
         ("model --prompts prompts.jsonl --reference worse --temperature 0", 78, "temperature 0 draws none"),
         ("model --prompts prompts.jsonl --precision both", 78, "precision `both` is for one model on held-out rows"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -15,9 +14,6 @@ from rlhf.models.frozen import freeze_lower, lower_part, place_lower
 from rlhf.models.outline import outline_to_train
 from rlhf.models.roles import critic_source, freeze, loading_of
 from rlhf.models.source import resolve
-
-# transformers 5.23 warns of a name that peft, and we for the sake of older ones, call it by; a user can do nothing about it
-warnings.filterwarnings("ignore", message="`(gradient_checkpointing_enable|is_gradient_checkpointing)`", category=FutureWarning)
 
 ZERO = "zero"
 
