@@ -36,7 +36,8 @@ LONGER = "print('a' if len(row['a']) > len(row['b']) else 'b' if len(row['a']) <
 def test_a_signal_ends_the_judge_too(tmp_path, number):
     """With what it started; its group is not that of the command, so nobody else would."""
     command = judge(tmp_path, f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
-    body = "from rlhf.training.evaluation.judge import ask; import sys; ask(sys.argv[1:], [{'a': 'x', 'b': 'y'}], 60)"
+    body = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's `&` has it ignored
+    body += "; from rlhf.training.evaluation.judge import ask; ask(sys.argv[1:], [{'a': 'x', 'b': 'y'}], 60)"
     process = subprocess.Popen([sys.executable, "-c", body, *shlex.split(command)], stderr=subprocess.DEVNULL)
     waited = time.monotonic() + 60
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
