@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from harness import run as run_stage
 
 from rlhf.commands.report import run
 from rlhf.errors import DataError, OutputError
+from rlhf.report.html.gather import gather
+from rlhf.report.html.verdict import Finding
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -210,3 +213,14 @@ def test_no_run_and_no_place(place, tmp_path):
         run([str(tmp_path / "nothing")])
     with pytest.raises(OutputError, match="cannot be written"):
         run([str(place), "--output", str(tmp_path / "no" / "x.html")])
+
+
+def test_a_pipeline_is_told_by_what_weighs_most(place):
+    end, good, bad, worse = (Finding(*words) for words in (("good", "E"), ("good", "G"), ("bad", "B"), ("bad", "W")))
+    page = gather(place / "ppo")
+    for level, findings, told in (
+        ("bad", [end, good, bad, worse], "B And 1 more, below."),
+        ("bad", [end, good, bad], "B"),
+        ("good", [end], "E"),
+    ):
+        assert replace(page, level=level, findings=findings).headline == told

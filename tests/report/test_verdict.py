@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.report.html.verdict import Finding, ending, findings, worst
+from rlhf.report.html.verdict import Finding, ending, findings, warned, worst
 
 STEADY = {"reward/score_std": 1.0, "rollout/count": 100, "policy/entropy": 1.0, "rollout/ended": 1.0}
 
@@ -136,3 +136,8 @@ def test_one_hard_batch_at_the_end_is_no_failure():
     assert told("sft", {}, [{"step": step, "loss": loss} for step, loss in enumerate(losses)]) == [
         ("good", "The training loss went from 2 to 0.6.")
     ]
+
+
+def test_a_warning_says_when_it_came_unless_that_was_at_the_start():
+    notes = [(0, "warning: few rows"), (3, "warning: no score"), (4, "warning: no score"), (5, "a note")]
+    assert [found.text for found in warned(notes)] == ["Few rows", "No score (after step 3)"]

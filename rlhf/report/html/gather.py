@@ -62,6 +62,13 @@ class RunPage:
     pictures: list[tuple[str, str]]
     command: str
 
+    @property
+    def headline(self) -> str:
+        """The first of the findings that weigh most, how it ended aside, and how many more there are."""
+        heaviest = [finding.text for finding in self.findings[1:] if finding.level == self.level]
+        more = f" And {len(heaviest) - 1} more, below." if len(heaviest) > 1 else ""
+        return (heaviest or [self.findings[0].text])[0] + more
+
 
 def find_runs(place: Path) -> list[Path]:
     """The run itself, or the runs of a pipeline's directory in the order in which they started.

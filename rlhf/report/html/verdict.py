@@ -55,7 +55,8 @@ def warned(notes: Sequence[tuple[int, str]]) -> list[Finding]:
     for step, text in notes:
         if text.startswith(WARNING):
             first.setdefault(text.removeprefix(WARNING), step)
-    return [Finding("warn", f"{text[:1].upper()}{text[1:]} (after step {step})") for text, step in first.items()]
+    places = {text: f" (after step {step})" if step else "" for text, step in first.items()}
+    return [Finding("warn", f"{text[:1].upper()}{text[1:]}{place}") for text, place in places.items()]
 
 
 def findings(stage: str, config: dict[str, Any], result: dict[str, Any], metrics: list[dict[str, Any]]) -> list[Finding]:
