@@ -124,6 +124,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "22 out of memory": (
         "faults/test_out_of_memory.py::it_ends_with_an_advice_and_the_last_checkpoint",
         "faults/test_out_of_memory.py::what_cannot_fit_is_refused",
+        "stages/test_plan_memory.py::the_peak_is_the_planned_one",
     ),
     "23 ranks that wait for each other": (
         "stages/test_edges.py::fewer_replies_than_ranks",
