@@ -48,20 +48,12 @@ def require_rows(invocation: Invocation[Any]) -> None:
         DataError: as `read_rows`.
     """
     data, kind = invocation.config.data, ROWS[invocation.stage]
-    extra_columns = "ignore" if kind == "prompt" else data.extra_columns
+    columns: dict[str, Any] = {"columns": data.columns, "json_key": getattr(data, "json_key", None)}
+    columns["extra_columns"] = "ignore" if kind == "prompt" else data.extra_columns
+    allowed = {"on_error": data.on_error, "max_skip_fraction": data.max_skip_fraction}
     for path in filter(None, (data.train, data.eval)):
-        how = kind, data.columns, getattr(data, "json_key", None), extra_columns
-        if not _begins_well(path, Schema.of(*how), data.max_line_bytes):
-            read_rows(
-                path,
-                kind,
-                columns=data.columns,
-                json_key=getattr(data, "json_key", None),
-                extra_columns=extra_columns,
-                on_error=data.on_error,
-                max_skip_fraction=data.max_skip_fraction,
-                max_line_bytes=data.max_line_bytes,
-            )
+        if not _begins_well(path, Schema.of(kind, **columns), data.max_line_bytes):
+            read_rows(path, kind, **columns, **allowed, max_line_bytes=data.max_line_bytes)
 
 
 def _begins_well(path: str, schema: Schema, max_line_bytes: int) -> bool:

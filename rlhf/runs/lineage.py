@@ -61,8 +61,10 @@ KEPT_FIELDS = ("rollout.record",)
 # Fields that say how long to wait for scores and how many to do without, not what they are: a run that gave up may go on.
 WAITING_FIELDS = ("reward.timeout_s", "reward.retries", "reward.allow_private", "reward.allow_hosts", "reward.on_failure")
 
-WRITTEN = ("model", "critic", "ema", "checkpoints", "rollouts", "profile")
-WRITTEN += ("metrics.jsonl", "samples.jsonl", "notes.jsonl", "alarms.jsonl")
+WRITTEN = (
+    *("model", "critic", "ema", "checkpoints", "rollouts", "profile"),
+    *("metrics.jsonl", "samples.jsonl", "notes.jsonl", "alarms.jsonl"),
+)
 """What a run writes, and so replaces, in its directory."""
 
 MACHINE = ("world_size", "threads", "engine", "device")

@@ -6,18 +6,9 @@ import math
 
 import pytest
 import torch
+from binomial import binomial_quantile
 
 from rlhf.functional.intervals import bootstrap_interval
-
-
-def binomial_quantile(count: int, probability: float, tail: float) -> int:
-    """Smallest k with P(X <= k) >= tail."""
-    below = 0.0
-    for k in range(count + 1):
-        below += math.comb(count, k) * probability**k * (1 - probability) ** (count - k)
-        if below >= tail:
-            return k
-    return count
 
 
 @pytest.mark.parametrize(("successes", "rows"), [(5, 10), (12, 40), (2, 2)])

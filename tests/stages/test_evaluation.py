@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from binomial import binomial_quantile
 from harness import flags, run
 from test_generate_eval import END, evaluated, own_loss, own_scores, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,15 +151,6 @@ def test_a_run_of_dpo_said_the_same(models, tmp_path, capsys):
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------
-
-
-def binomial_quantile(count: int, probability: float, tail: float) -> int:
-    below = 0.0
-    for k in range(count + 1):
-        below += math.comb(count, k) * probability**k * (1 - probability) ** (count - k)
-        if below >= tail:
-            return k
-    return count
 
 
 def test_what_was_lost_by_hand():
